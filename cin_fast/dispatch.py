@@ -1,0 +1,131 @@
+"""Which backend runs a call, and why the others do not.
+
+``reference`` runs anywhere. ``cpu`` is the compiled extension ``cin_fast._cpu``; ``triton`` lives
+in ``cin_fast.kernels``; ``cuda`` is the compiled extension ``cin_fast._C``. Loading a backend
+attaches its kernels to the operators that ``cin_fast.ops`` has defined; nothing is loaded before
+a tensor asks for it.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import json
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("reference", "cpu", "triton", "cuda")
+
+# What `backend=None` tries, first to last, by device. Each row is justified by the tables under
+# bench/results; `cuda` and `triton` have not been measured against each other yet.
+PREFERENCE: dict[str, tuple[str, ...]] = {
+    "cpu": ("cpu", "reference"),
+    "cuda": ("cuda", "triton", "reference"),
+}
+
+_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_DEVICE_OF = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}
+
+
+def choose(x: Tensor) -> str:
+    """The backend that ``backend=None`` means for this tensor.
+
+    ``CIN_FAST_BACKEND`` overrides the table; a backend named there that cannot run raises
+    ``ValueError`` with the reason.
+    """
+    forced = _environment_backend()
+    if forced:
+        return require(x, forced)
+    for backend in PREFERENCE.get(x.device.type, ("reference",)):
+        if not why_not(x, backend):
+            return backend
+    return "reference"
+
+
+def require(x: Tensor, backend: str) -> str:
+    """``backend``, if it can run on ``x``; otherwise ``ValueError`` with the reason."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, found {backend!r}")
+    reason = why_not(x, backend)
+    if reason:
+        raise ValueError(f"backend: {backend!r} cannot run here: {reason}")
+    return backend
+
+
+def why_not(x: Tensor, backend: str) -> str:
+    """Why ``backend`` cannot run on ``x``, in one line; empty if it can."""
+    if backend == "reference":
+        return ""
+    device = x.device.type
+    if device != _DEVICE_OF[backend] and not (backend == "triton" and _triton_interpreted()):
+        return f"it runs on {_DEVICE_OF[backend]} tensors, found {device}"
+    if x.dtype not in _KERNEL_DTYPES:
+        return f"it takes float32, bfloat16 and float16, found {x.dtype}"
+    return unavailable(backend)
+
+
+@torch.compiler.assume_constant_result
+def unavailable(backend: str) -> str:
+    """Why ``backend`` cannot run on this machine at all, in one line; empty if it can."""
+    return _load(backend)
+
+
+@torch.compiler.assume_constant_result
+def _environment_backend() -> str:
+    return os.environ.get("CIN_FAST_BACKEND", "")
+
+
+@torch.compiler.assume_constant_result
+def _triton_interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+@functools.cache
+def _load(backend: str) -> str:
+    if backend == "reference":
+        return ""
+    if backend == "triton":
+        return _load_triton()
+    if backend == "cuda" and not torch.cuda.is_available():
+        return "no CUDA device is visible"
+    return _load_extension("_cpu" if backend == "cpu" else "_C")
+
+
+def _load_triton() -> str:
+    if not _triton_interpreted():
+        if not torch.cuda.is_available():
+            return "no CUDA device is visible"
+        capability = torch.cuda.get_device_capability()
+        if capability < (8, 0):
+            return f"it needs compute capability 8.0, found {capability[0]}.{capability[1]}"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (pip install triton)"
+    try:
+        importlib.import_module("cin_fast.kernels").register()
+    except ImportError as error:
+        return f"cin_fast.kernels did not import: {error}"
+    return ""
+
+
+def _load_extension(name: str) -> str:
+    if importlib.util.find_spec(f"cin_fast.{name}") is None:
+        return f"cin_fast.{name} is not built (python setup.py build_ext --inplace)"
+    # A classic extension serves only the torch it was built against; loading it elsewhere may
+    # crash instead of raising, so the record is compared first.
+    built_with = _build_record().get("torch", torch.__version__)
+    if name == "_cpu" and built_with != torch.__version__:
+        return f"cin_fast.{name} was built for torch {built_with}, this is {torch.__version__}"
+    try:
+        importlib.import_module(f"cin_fast.{name}")
+    except ImportError as error:
+        return f"cin_fast.{name} did not load: {error}"
+    return ""
+
+
+def _build_record() -> dict[str, str]:
+    path = Path(__file__).parent / "_build.json"
+    return json.loads(path.read_text()) if path.exists() else {}

@@ -1,0 +1,60 @@
+"""``python -m cin_fast.info``: versions, devices, and each backend with the reason it is off."""
+
+from __future__ import annotations
+
+import importlib.util
+import platform
+from importlib import metadata
+
+import torch
+
+import cin_fast
+from cin_fast import dispatch
+
+
+def versions() -> dict[str, str]:
+    """Versions of everything that decides a number, ``"not installed"`` where it is missing."""
+    found = {"cin_fast": cin_fast.__version__, "python": platform.python_version()}
+    for name in ("torch", "torchvision", "triton", "timm"):
+        present = importlib.util.find_spec(name) is not None
+        found[name] = metadata.version(name) if present else "not installed"
+    found["cuda (torch)"] = torch.version.cuda or "none"
+    return found
+
+
+def device_name() -> str:
+    """The machine in words: the GPU, or the CPU with its threads and vector capability."""
+    if torch.cuda.is_available():
+        return f"{torch.cuda.get_device_name()} x {torch.cuda.device_count()}"
+    return f"{cpu_name()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def cpu_name() -> str:
+    """The processor's model name."""
+    try:
+        with open("/proc/cpuinfo") as lines:
+            for line in lines:
+                if line.startswith("model name"):
+                    return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def report() -> str:
+    """What :func:`main` prints."""
+    lines = [f"{name:14}{version}" for name, version in versions().items()]
+    lines += [f"{'device':14}{device_name()}", ""]
+    for backend in dispatch.BACKENDS:
+        reason = dispatch.unavailable(backend)
+        lines.append(f"{backend:14}{'off: ' + reason if reason else 'on'}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Print the report."""
+    print(report())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,432 @@
+"""The operators: schemas, fakes and autograd for every backend, and the public ``sci``, ``cci``.
+
+Shapes: B images, C channels, L positions, K columns of ``v``. ``v = None`` means ``v = x``.
+Backends only compute: each implements the four operators below under its own prefix, and the
+autograd formula and fakes here serve them all. ``row_max`` and ``row_sum`` are what a backend's
+forward leaves for its own backward: no other code reads them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cin_fast import dispatch, reference
+
+_SCHEMAS = {
+    "sci": "(Tensor x, Tensor? v, float scale) -> (Tensor, Tensor, Tensor)",
+    "sci_backward": (
+        "(Tensor dy, Tensor x, Tensor? v, Tensor y, Tensor row_max, Tensor row_sum, float scale)"
+        " -> (Tensor, Tensor)"
+    ),
+    "cci": (
+        "(Tensor x, Tensor partner, Tensor eta, Tensor? v, float scale)"
+        " -> (Tensor, Tensor, Tensor, Tensor)"
+    ),
+    "cci_backward": (
+        "(Tensor dy, Tensor x, Tensor partner, Tensor eta, Tensor? v, Tensor y, Tensor b,"
+        " Tensor row_max, Tensor row_sum, float scale) -> (Tensor, Tensor, Tensor)"
+    ),
+}
+_TAP_SCHEMAS = {
+    "tap_means": "(Tensor x) -> Tensor",
+    "tap_means_backward": "(Tensor dv, SymInt height, SymInt width) -> Tensor",
+}
+_TAP_BACKENDS = ("reference", "cpu")
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def sci(
+    x: Tensor, v: Tensor | None = None, *, scale: float = -1.0, backend: str | None = None
+) -> Tensor:
+    """Self-channel interaction: ``softmax(scale * x x^T) v`` (Eq. 1 and 2).
+
+    Args:
+        x: features, (B, C, L) or (B, C, H, W); float32, bfloat16, float16, or float64 (reference).
+        v: what the weights are applied to, (B, C, K) or (B, C, H, W), of x's dtype; x if None.
+        scale: -1 for the paper's SCI and DANet's channel attention, +1 for Pos-SCI.
+        backend: ``reference``, ``cpu``, ``triton`` or ``cuda``; None picks (``dispatch.choose``).
+
+    Returns:
+        A tensor of v's shape and x's dtype. Under autocast, inputs are cast to its dtype.
+
+    Raises:
+        ValueError: naming the argument and what was found, for a wrong shape, dtype or device, or
+            a backend that cannot run here.
+
+    >>> x = torch.relu(torch.randn(2, 64, 14, 14))
+    >>> sci(x).shape
+    torch.Size([2, 64, 14, 14])
+    """
+    _check_features(x)
+    _check_values(x, v)
+    x, v = _autocast(x, v)
+    name = dispatch.require(x, backend) if backend is not None else dispatch.choose(x)
+    y_BCK = _op(name, "sci")(_flat(x), None if v is None else _flat(v), float(scale))[0]
+    return y_BCK.reshape((x if v is None else v).shape)
+
+
+def cci(
+    x: Tensor,
+    partner: Tensor,
+    eta: Tensor,
+    v: Tensor | None = None,
+    *,
+    scale: float = -1.0,
+    backend: str | None = None,
+) -> Tensor:
+    """Contrastive channel interaction: ``|W_i - eta_i W_partner(i)| v_i`` (Eq. 5 and 6).
+
+    Both directions of every pair come from one call: eta of image A is the paper's eta, eta of
+    its partner B is the paper's gamma.
+
+    Args:
+        x: features, (B, C, L) or (B, C, H, W), as for :func:`sci`.
+        partner: int64 (B,), an involution: ``partner[partner[i]] == i``. On the CPU the check is
+            free; on a GPU it waits for the device, so pass a CPU tensor where speed matters.
+        eta: (B,), floating point, differentiable.
+        v, scale, backend: as for :func:`sci`.
+
+    Returns:
+        A tensor of v's shape and x's dtype.
+
+    Raises:
+        ValueError: naming the argument and what was found.
+    """
+    _check_features(x)
+    _check_partner(x, partner)
+    _check_eta(x, eta)
+    _check_values(x, v)
+    x, v = _autocast(x, v)
+    name = dispatch.require(x, backend) if backend is not None else dispatch.choose(x)
+    eta = eta.to(torch.promote_types(x.dtype, torch.float32))
+    partner = partner.to(x.device, non_blocking=True)
+    v_BCK = None if v is None else _flat(v)
+    y_BCK = _op(name, "cci")(_flat(x), partner, eta, v_BCK, float(scale))[0]
+    return y_BCK.reshape((x if v is None else v).shape)
+
+
+def sci_weights(x: Tensor, scale: float = -1.0) -> Tensor:
+    """The matrix W = softmax(scale * x x^T) itself (Eq. 2), (B, C, C): for pictures.
+
+    Quadratic in C, and never needed to compute :func:`sci`.
+
+    Raises:
+        ValueError: naming the argument and what was found.
+    """
+    _check_features(x)
+    return reference.sci_weights(_flat(x), float(scale))
+
+
+def tap_means(x: Tensor) -> Tensor:
+    """Per channel, the mean over the map of what each tap of a padded 3x3 convolution sees.
+
+    The mean over positions of ``conv(x)`` is then ``tap_means(x).flatten(1) @ weight.flatten(1).T
+    + bias``: the identity that lets the head skip the convolution. Column 4 is the mean of x.
+
+    Args:
+        x: (B, C, H, W), floating point.
+
+    Returns:
+        (B, C, 9) of x's dtype; sums are float32 or wider.
+
+    Raises:
+        ValueError: naming the argument and what was found.
+    """
+    _check_features(x)
+    if x.dim() != 4:
+        raise ValueError(f"x: expected (B, C, H, W), found shape {tuple(x.shape)}")
+    name = "reference" if dispatch.why_not(x, "cpu") else "cpu"
+    return _op(name, "tap_means")(x)
+
+
+def _op(backend: str, stem: str) -> Any:
+    return getattr(torch.ops.cin_fast, f"{backend}_{stem}").default
+
+
+def _flat(t: Tensor) -> Tensor:
+    return t.flatten(2) if t.dim() == 4 else t
+
+
+def _autocast(x: Tensor, v: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    device = x.device.type
+    if x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return x, v
+    dtype = torch.get_autocast_dtype(device)
+    return x.to(dtype), None if v is None else v.to(dtype)
+
+
+def _check_features(x: Tensor) -> None:
+    if not isinstance(x, Tensor):
+        raise ValueError(f"x: expected a tensor, found {type(x).__name__}")
+    if x.dim() not in (3, 4):
+        raise ValueError(f"x: expected (B, C, L) or (B, C, H, W), found shape {tuple(x.shape)}")
+    if x.dtype not in _DTYPES:
+        raise ValueError(f"x: expected float32, float64, bfloat16 or float16, found {x.dtype}")
+    if x.shape[1] == 0 or x.shape[2] == 0 or x.shape[-1] == 0:
+        raise ValueError(f"x: channels and positions may not be empty, found {tuple(x.shape)}")
+
+
+def _check_values(x: Tensor, v: Tensor | None) -> None:
+    if v is None:
+        return
+    if not isinstance(v, Tensor):
+        raise ValueError(f"v: expected a tensor or None, found {type(v).__name__}")
+    if v.dim() not in (3, 4) or v.shape[:2] != x.shape[:2]:
+        raise ValueError(
+            f"v: expected ({x.shape[0]}, {x.shape[1]}, K) to go with x, found {tuple(v.shape)}"
+        )
+    if v.shape[2] == 0 or v.shape[-1] == 0:
+        raise ValueError(f"v: columns may not be empty, found {tuple(v.shape)}")
+    if v.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+        raise ValueError(f"v: expected x's dtype {x.dtype}, found {v.dtype}")
+    if v.device != x.device:
+        raise ValueError(f"v: expected x's device {x.device}, found {v.device}")
+
+
+def _check_partner(x: Tensor, partner: Tensor) -> None:
+    if not isinstance(partner, Tensor) or partner.dtype != torch.int64:
+        found = partner.dtype if isinstance(partner, Tensor) else type(partner).__name__
+        raise ValueError(f"partner: expected an int64 tensor, found {found}")
+    if partner.shape != x.shape[:1]:
+        raise ValueError(
+            f"partner: expected shape ({x.shape[0]},) to go with x, found {tuple(partner.shape)}"
+        )
+    if partner.device != x.device and partner.device.type != "cpu":
+        raise ValueError(
+            f"partner: expected x's device {x.device} or the CPU, found {partner.device}"
+        )
+    # The values cannot be read while a graph is being traced.
+    if torch.compiler.is_compiling():
+        return
+    index = torch.arange(len(partner), device=partner.device)
+    inside = (partner >= 0) & (partner < len(partner))
+    if not bool((inside & (partner[partner.where(inside, index)] == index)).all()):
+        raise ValueError(
+            "partner: expected an involution (partner[partner[i]] == i), found "
+            f"{partner.tolist() if len(partner) <= 32 else 'one that is not'}"
+        )
+
+
+def _check_eta(x: Tensor, eta: Tensor) -> None:
+    if not isinstance(eta, Tensor) or not eta.is_floating_point():
+        found = eta.dtype if isinstance(eta, Tensor) else type(eta).__name__
+        raise ValueError(f"eta: expected a floating-point tensor, found {found}")
+    if eta.shape != x.shape[:1]:
+        raise ValueError(f"eta: expected shape ({x.shape[0]},), found {tuple(eta.shape)}")
+    if eta.device != x.device:
+        raise ValueError(f"eta: expected x's device {x.device}, found {eta.device}")
+
+
+def _row_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    shape, dtype = x.shape[:2], torch.promote_types(x.dtype, torch.float32)
+    return x.new_empty(shape, dtype=dtype), x.new_empty(shape, dtype=dtype)
+
+
+def _like_values(x: Tensor, v: Tensor | None) -> Tensor:
+    return x.new_empty((x if v is None else v).shape)
+
+
+def _value_gradient(x: Tensor, v: Tensor | None) -> Tensor:
+    return x.new_empty((0,) if v is None else v.shape)
+
+
+def _sci_fake(x: Tensor, v: Tensor | None, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    return _like_values(x, v), *_row_statistics(x)
+
+
+def _sci_backward_fake(
+    dy: Tensor,
+    x: Tensor,
+    v: Tensor | None,
+    y: Tensor,
+    row_max: Tensor,
+    row_sum: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), _value_gradient(x, v)
+
+
+def _cci_fake(
+    x: Tensor, partner: Tensor, eta: Tensor, v: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _like_values(x, v), _like_values(x, v), *_row_statistics(x)
+
+
+def _cci_backward_fake(
+    dy: Tensor,
+    x: Tensor,
+    partner: Tensor,
+    eta: Tensor,
+    v: Tensor | None,
+    y: Tensor,
+    b: Tensor,
+    row_max: Tensor,
+    row_sum: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return x.new_empty(x.shape), torch.empty_like(eta), _value_gradient(x, v)
+
+
+def _tap_means_fake(x: Tensor) -> Tensor:
+    return x.new_empty((*x.shape[:2], 9))
+
+
+def _tap_means_backward_fake(dv: Tensor, height: int, width: int) -> Tensor:
+    return dv.new_empty((*dv.shape[:2], height, width))
+
+
+_FAKES = {
+    "sci": _sci_fake,
+    "sci_backward": _sci_backward_fake,
+    "cci": _cci_fake,
+    "cci_backward": _cci_backward_fake,
+    "tap_means": _tap_means_fake,
+    "tap_means_backward": _tap_means_backward_fake,
+}
+
+
+def _reference_sci(x: Tensor, v: Tensor | None, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    y = reference.sci(x, x if v is None else v, scale)
+    row_max, row_sum = _row_statistics(x)
+    # Its backward starts again from x, so that it can itself be differentiated.
+    return y.contiguous(), row_max.zero_(), row_sum.zero_()
+
+
+def _reference_cci(
+    x: Tensor, partner: Tensor, eta: Tensor, v: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    y, b = reference.cci(x, partner, eta, x if v is None else v, scale)
+    row_max, row_sum = _row_statistics(x)
+    return y.contiguous(), b.contiguous(), row_max.zero_(), row_sum.zero_()
+
+
+def _reference_sci_backward(
+    dy: Tensor,
+    x: Tensor,
+    v: Tensor | None,
+    y: Tensor,
+    row_max: Tensor,
+    row_sum: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    dx, dv = reference.sci_backward(dy, x, x if v is None else v, scale)
+    return (dx + dv, x.new_empty(0)) if v is None else (dx, dv)
+
+
+def _reference_cci_backward(
+    dy: Tensor,
+    x: Tensor,
+    partner: Tensor,
+    eta: Tensor,
+    v: Tensor | None,
+    y: Tensor,
+    b: Tensor,
+    row_max: Tensor,
+    row_sum: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dx, deta, dv = reference.cci_backward(dy, x, partner, eta, x if v is None else v, scale)
+    return (dx + dv, deta, x.new_empty(0)) if v is None else (dx, deta, dv)
+
+
+_REFERENCE = {
+    "sci": _reference_sci,
+    "sci_backward": _reference_sci_backward,
+    "cci": _reference_cci,
+    "cci_backward": _reference_cci_backward,
+    "tap_means": reference.tap_means,
+    "tap_means_backward": reference.tap_means_backward,
+}
+
+
+def _sci_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, v, scale = inputs
+    y, row_max, row_sum = output
+    ctx.mark_non_differentiable(row_max, row_sum)
+    ctx.save_for_backward(x, v, y, row_max, row_sum)
+    ctx.scale = scale
+
+
+def _cci_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, partner, eta, v, scale = inputs
+    y, b, row_max, row_sum = output
+    ctx.mark_non_differentiable(b, row_max, row_sum)
+    ctx.save_for_backward(x, partner, eta, v, y, b, row_max, row_sum)
+    ctx.scale = scale
+
+
+def _tap_means_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.height, ctx.width = inputs[0].shape[-2:]
+
+
+def _sci_gradient(backend: str) -> Any:
+    compute = _reference_sci_backward if backend == "reference" else _op(backend, "sci_backward")
+
+    def gradient(ctx: Any, dy: Tensor, *_: Any) -> tuple[Any, ...]:
+        x, v, y, row_max, row_sum = ctx.saved_tensors
+        dx, dv = compute(dy, x, v, y, row_max, row_sum, ctx.scale)
+        return dx, None if v is None else dv, None
+
+    return gradient
+
+
+def _cci_gradient(backend: str) -> Any:
+    compute = _reference_cci_backward if backend == "reference" else _op(backend, "cci_backward")
+
+    def gradient(ctx: Any, dy: Tensor, *_: Any) -> tuple[Any, ...]:
+        x, partner, eta, v, y, b, row_max, row_sum = ctx.saved_tensors
+        dx, deta, dv = compute(dy, x, partner, eta, v, y, b, row_max, row_sum, ctx.scale)
+        return dx, None, deta, None if v is None else dv, None
+
+    return gradient
+
+
+def _tap_means_gradient(backend: str) -> Any:
+    compute = (
+        reference.tap_means_backward
+        if backend == "reference"
+        else _op(backend, "tap_means_backward")
+    )
+
+    def gradient(ctx: Any, dv: Tensor) -> Tensor:
+        return compute(dv, ctx.height, ctx.width)
+
+    return gradient
+
+
+def _refuse_double_backward(ctx: Any, *_: Any) -> Any:
+    raise NotImplementedError(
+        "this backend has no second derivative: call the operator with backend='reference'"
+    )
+
+
+def _define(backend: str, schemas: dict[str, str]) -> None:
+    for stem, schema in schemas.items():
+        name = f"cin_fast::{backend}_{stem}"
+        torch.library.define(name, schema, tags=(torch.Tag.pt2_compliant_tag,))
+        torch.library.register_fake(name, _FAKES[stem])
+        if backend == "reference":
+            torch.library.impl(name, "CompositeExplicitAutograd", _REFERENCE[stem])
+        if stem.endswith("_backward"):
+            torch.library.register_autograd(name, _refuse_double_backward)
+
+
+for _backend in dispatch.BACKENDS:
+    _define(_backend, _SCHEMAS)
+    for _stem, _gradient, _context in (
+        ("sci", _sci_gradient, _sci_context),
+        ("cci", _cci_gradient, _cci_context),
+    ):
+        torch.library.register_autograd(
+            f"cin_fast::{_backend}_{_stem}", _gradient(_backend), setup_context=_context
+        )
+for _backend in _TAP_BACKENDS:
+    _define(_backend, _TAP_SCHEMAS)
+    torch.library.register_autograd(
+        f"cin_fast::{_backend}_tap_means",
+        _tap_means_gradient(_backend),
+        setup_context=_tap_means_context,
+    )
