@@ -1,0 +1,163 @@
+"""Backbones by name: a network's last feature map, with its channels and stride.
+
+torchvision's ResNets and VGGs by their torchvision names; any other name is asked of timm, if it
+is installed.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision
+from torch import Tensor, nn
+
+RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
+VGGS = ("vgg11_bn", "vgg13_bn", "vgg16", "vgg16_bn", "vgg19", "vgg19_bn")
+IMAGENET = "imagenet"
+_PREFIXES = ("backbone.body.", "features.", "module.")
+
+
+class Backbone(nn.Module):
+    """Images (B, 3, H, W) to maps (B, ``channels``, H / ``stride``, W / ``stride``)."""
+
+    def __init__(self, body: nn.Module, channels: int, stride: int) -> None:
+        super().__init__()
+        self.body = body
+        self.channels = channels
+        self.stride = stride
+
+    def forward(self, images: Tensor) -> Tensor:
+        features = self.body(images)
+        return features[-1] if isinstance(features, (list, tuple)) else features
+
+
+def build_backbone(name: str, pretrained: bool | str | Path | None = False) -> Backbone:
+    """A backbone by name.
+
+    Args:
+        name: a torchvision ResNet or VGG, or any timm model name where timm is installed.
+        pretrained: True or ``"imagenet"`` for the library's ImageNet weights, False, None or
+            ``"none"`` for random ones, or the path of a local weight file.
+
+    Raises:
+        ValueError: for an unknown name.
+        FileNotFoundError: where weights cannot be had, naming the file to place.
+    """
+    source = weight_source(pretrained)
+    if name in RESNETS:
+        backbone = _resnet(name)
+    elif name in VGGS:
+        backbone = _vgg(name)
+    else:
+        return _timm(name, source)
+    if source is not None:
+        _load(backbone.body, _state_dict(name, source), f"{name} from {source}")
+    return backbone
+
+
+def stride_of(name: str) -> int:
+    """Input pixels a side that one position of the backbone's map stands for."""
+    if name in RESNETS:
+        return 32
+    if name in VGGS:
+        return 16
+    return build_backbone(name).stride
+
+
+def weight_source(pretrained: bool | str | Path | None) -> str | None:
+    """``"imagenet"``, a file's path, or None for random weights."""
+    if pretrained is True:
+        return IMAGENET
+    if pretrained is False or pretrained is None or str(pretrained) == "none":
+        return None
+    return str(pretrained)
+
+
+def _resnet(name: str) -> Backbone:
+    net = torchvision.models.get_model(name, weights=None)
+    body = nn.Sequential()
+    for child in (
+        "conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4",
+    ):  # fmt: skip
+        body.add_module(child, getattr(net, child))
+    return Backbone(body, net.fc.in_features, 32)
+
+
+def _vgg(name: str) -> Backbone:
+    # Without the last pooling: 28 x 28 positions at 448 pixels.
+    features = torchvision.models.get_model(name, weights=None).features[:-1]
+    return Backbone(features, 512, 16)
+
+
+def _timm(name: str, source: str | None) -> Backbone:
+    known = ", ".join(RESNETS + VGGS)
+    if importlib.util.find_spec("timm") is None:
+        raise ValueError(
+            f"backbone: {name!r} is none of {known}; with timm installed (pip install timm), any "
+            "timm model name works"
+        )
+    import timm
+
+    if not timm.is_model(name):
+        raise ValueError(f"backbone: {name!r} is none of {known}, nor a model that timm knows")
+    pretrained = source == IMAGENET
+    try:
+        body = timm.create_model(name, pretrained=pretrained, features_only=True)
+    except (OSError, RuntimeError) as error:
+        raise FileNotFoundError(
+            f"ImageNet weights of timm's {name} could not be had ({error}); take a local weight "
+            "file (--weights FILE) or none (--weights none)"
+        ) from error
+    if source is not None and not pretrained:
+        _load(body, _read(Path(source)), f"{name} from {source}")
+    info: Any = body.feature_info
+    return Backbone(body, info.channels()[-1], info.reduction()[-1])
+
+
+def _state_dict(name: str, source: str) -> dict[str, Tensor]:
+    if source != IMAGENET:
+        return _read(Path(source))
+    weights = torchvision.models.get_model_weights(name)["IMAGENET1K_V1"]
+    try:
+        return dict(weights.get_state_dict(progress=True, check_hash=True))
+    except (OSError, RuntimeError) as error:
+        place = Path(torch.hub.get_dir()) / "checkpoints" / weights.url.rsplit("/", 1)[-1]
+        raise FileNotFoundError(
+            f"ImageNet weights of {name} could not be downloaded from {weights.url} ({error}); "
+            f"place the file at {place}, or train without them (--weights none), or take another "
+            "file (--weights FILE)"
+        ) from error
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise FileNotFoundError(f"weights: no file {path}; give a weight file, imagenet or none")
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(f"weights: {path} is no weight file that can be read: {error}") from error
+    for key in ("state_dict", "model"):
+        if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
+            loaded = loaded[key]
+    if not isinstance(loaded, dict) or not all(isinstance(t, Tensor) for t in loaded.values()):
+        raise ValueError(f"weights: {path} holds no state dict")
+    return loaded
+
+
+def _load(body: nn.Module, state: dict[str, Tensor], what: str) -> None:
+    wanted = body.state_dict()
+    # Whole networks, ours and torchvision's VGG, keep the body's weights under a prefix.
+    prefix = next((p for p in _PREFIXES if any(key.startswith(p) for key in state)), "")
+    found = {key.removeprefix(prefix): value for key, value in state.items()}
+    missing = [key for key in wanted if key not in found]
+    wrong = [key for key in wanted if key in found and found[key].shape != wanted[key].shape]
+    if missing or wrong:
+        problem = f"lacks {missing[0]}" if missing else f"has another shape of {wrong[0]}"
+        raise ValueError(
+            f"weights: {what} does not fit: it {problem} ({len(missing)} missing, {len(wrong)} of "
+            f"the wrong shape, of {len(wanted)})"
+        )
+    body.load_state_dict({key: found[key] for key in wanted})

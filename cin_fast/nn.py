@@ -1,0 +1,185 @@
+"""Channel interaction as modules, each usable on any (B, C, H, W) map in any network.
+
+``forward`` is the dense form: maps in, maps out. ``pooled`` gives the spatial means of the same
+maps without ever making them: the convolution phi is linear, so the mean over positions of
+``phi(W x)`` needs only ``W`` applied to nine columns (:func:`cin_fast.tap_means`).
+
+Shapes: B images, C channels, H x W positions; 9 columns of tap means, the fifth (index 4) the mean.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cin_fast.ops import cci, sci, tap_means
+
+_CENTRE_TAP = 4
+
+
+class PooledSCI(NamedTuple):
+    """What :meth:`SCI.pooled` returns."""
+
+    z_BC: Tensor
+    """Spatial mean of Z."""
+    y_BC: Tensor
+    """Spatial mean of Y, which :class:`CCI` compares."""
+    v_BC9: Tensor
+    """Tap means of x, which :class:`CCI` can use again."""
+
+
+def make_phi(channels: int) -> nn.Conv2d:
+    """phi of Eq. 3 and 6: one 3 x 3 convolution with bias, no norm, no activation."""
+    return nn.Conv2d(channels, channels, 3, padding=1)
+
+
+def mean_of_conv(phi: nn.Conv2d, taps_BC9: Tensor) -> Tensor:
+    """The mean over positions of ``phi(map)``, (B, C), from the map's tap means."""
+    return F.linear(taps_BC9.flatten(1), phi.weight.flatten(1), phi.bias)
+
+
+class SCI(nn.Module):
+    """Self-channel interaction: ``Z = phi(W x) + x``, ``W = softmax(scale * x x^T)`` (Eq. 1 to 3).
+
+    Args:
+        channels: C of the maps.
+        scale: -1 as in the paper; +1 is its Pos-SCI.
+        backend: passed to :func:`cin_fast.sci`.
+
+    Raises:
+        ValueError: at the call, naming the argument and what was found.
+    """
+
+    def __init__(self, channels: int, scale: float = -1.0, backend: str | None = None) -> None:
+        super().__init__()
+        self.scale = scale
+        self.backend = backend
+        self.phi = make_phi(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Z, (B, C, H, W), of a map x of that shape."""
+        _check_map(x, self.phi.in_channels)
+        return self.phi(sci(x, scale=self.scale, backend=self.backend)) + x
+
+    def pooled(self, x: Tensor) -> PooledSCI:
+        """Spatial means of Z and Y, equal to those of the dense form."""
+        _check_map(x, self.phi.in_channels)
+        v_BC9 = tap_means(x)
+        y_BC9 = sci(x, v_BC9, scale=self.scale, backend=self.backend)
+        z_BC = mean_of_conv(self.phi, y_BC9) + v_BC9[..., _CENTRE_TAP]
+        return PooledSCI(z_BC, y_BC9[..., _CENTRE_TAP], v_BC9)
+
+    def extra_repr(self) -> str:
+        return f"scale={self.scale}"
+
+
+class CCI(nn.Module):
+    """Contrastive channel interaction: ``Z' = phi(|W_A - eta W_B| x_A) + x_A`` (Eq. 5 and 6).
+
+    ``eta = psi([mean Y_A, mean Y_B])`` is one number an image against its partner; both directions
+    of a pair share psi, so the paper's gamma is the partner's eta.
+
+    Args:
+        channels: C of the maps.
+        scale: as for :class:`SCI`.
+        phi: the convolution of Eq. 6; the paper shares it with :class:`SCI`. A new one if None.
+        backend: passed to :func:`cin_fast.cci`.
+
+    Raises:
+        ValueError: at the call, naming the argument and what was found.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        scale: float = -1.0,
+        phi: nn.Conv2d | None = None,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.scale = scale
+        self.backend = backend
+        self.phi = make_phi(channels) if phi is None else phi
+        self.psi = nn.Linear(2 * channels, 1)
+
+    def eta(self, y_BC: Tensor, partner: Tensor) -> Tensor:
+        """eta of every image against its partner, (B,), from the spatial means of Y."""
+        return self.psi(torch.cat([y_BC, y_BC[partner]], dim=1)).squeeze(1)
+
+    def forward(self, x: Tensor, partner: Tensor, y_BC: Tensor | None = None) -> Tensor:
+        """Z', (B, C, H, W).
+
+        Args:
+            x: maps (B, C, H, W).
+            partner: int64 (B,), an involution.
+            y_BC: spatial means of Y = W x where they are known already.
+        """
+        _check_map(x, self.phi.in_channels)
+        if y_BC is None:
+            mean_BC1 = x.flatten(2).mean(-1, keepdim=True)
+            y_BC = sci(x, mean_BC1, scale=self.scale, backend=self.backend).squeeze(-1)
+        eta_B = self.eta(y_BC, partner)
+        return self.phi(cci(x, partner, eta_B, scale=self.scale, backend=self.backend)) + x
+
+    def pooled(self, x: Tensor, partner: Tensor, sci_means: PooledSCI | None = None) -> Tensor:
+        """Spatial means of Z', (B, C), equal to those of the dense form.
+
+        Args:
+            x: maps (B, C, H, W).
+            partner: int64 (B,), an involution.
+            sci_means: what :meth:`SCI.pooled` gave for the same maps, where it is known already.
+        """
+        _check_map(x, self.phi.in_channels)
+        if sci_means is None:
+            v_BC9 = tap_means(x)
+            y_BC1 = sci(
+                x, v_BC9[..., _CENTRE_TAP, None], scale=self.scale, backend=self.backend
+            )
+            y_BC = y_BC1.squeeze(-1)
+        else:
+            v_BC9, y_BC = sci_means.v_BC9, sci_means.y_BC
+        eta_B = self.eta(y_BC, partner)
+        y_BC9 = cci(x, partner, eta_B, v_BC9, scale=self.scale, backend=self.backend)
+        return mean_of_conv(self.phi, y_BC9) + v_BC9[..., _CENTRE_TAP]
+
+    def extra_repr(self) -> str:
+        return f"scale={self.scale}"
+
+
+class ChannelAttention(nn.Module):
+    """DANet's channel attention (Fu et al., CVPR 2019): ``gamma * W x + x``, gamma learned from 0.
+
+    DANet writes ``softmax(max(E) - E)`` with ``E = x x^T``, which is ``W`` with scale -1: a drop-in
+    for its ``CAM_Module`` that needs no C x C matrix.
+
+    Args:
+        scale: -1 as in DANet.
+        backend: passed to :func:`cin_fast.sci`.
+
+    Raises:
+        ValueError: at the call, naming the argument and what was found.
+    """
+
+    def __init__(self, scale: float = -1.0, backend: str | None = None) -> None:
+        super().__init__()
+        self.scale = scale
+        self.backend = backend
+        self.gamma = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """A map of x's shape, (B, C, H, W)."""
+        _check_map(x)
+        return self.gamma * sci(x, scale=self.scale, backend=self.backend) + x
+
+    def extra_repr(self) -> str:
+        return f"scale={self.scale}"
+
+
+def _check_map(x: Tensor, channels: int | None = None) -> None:
+    if x.dim() != 4:
+        raise ValueError(f"x: expected a map (B, C, H, W), found shape {tuple(x.shape)}")
+    if channels is not None and x.shape[1] != channels:
+        raise ValueError(f"x: expected {channels} channels, found {x.shape[1]}")
