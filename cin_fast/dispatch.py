@@ -14,6 +14,7 @@ import importlib.util
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -112,20 +113,30 @@ def _load_triton() -> str:
 
 
 def _load_extension(name: str) -> str:
-    if importlib.util.find_spec(f"cin_fast.{name}") is None:
-        return f"cin_fast.{name} is not built (python setup.py build_ext --inplace)"
+    record = _build_record()
+    found = importlib.util.find_spec(f"cin_fast.{name}")
+    if found is None or found.origin is None:
+        reason = record.get("reasons", {}).get("cpu" if name == "_cpu" else "cuda", "")
+        fix = "python setup.py build_ext --inplace"
+        return (
+            f"cin_fast.{name} was not built: {reason}"
+            if reason
+            else (f"cin_fast.{name} is not built ({fix})")
+        )
     # A classic extension serves only the torch it was built against; loading it elsewhere may
     # crash instead of raising, so the record is compared first.
-    built_with = _build_record().get("torch", torch.__version__)
+    built_with = record.get("torch", torch.__version__)
     if name == "_cpu" and built_with != torch.__version__:
         return f"cin_fast.{name} was built for torch {built_with}, this is {torch.__version__}"
     try:
-        importlib.import_module(f"cin_fast.{name}")
-    except ImportError as error:
+        # The extensions hold operators and no Python, so any interpreter can load them.
+        torch.ops.load_library(found.origin)
+    except (ImportError, OSError) as error:
         return f"cin_fast.{name} did not load: {error}"
     return ""
 
 
-def _build_record() -> dict[str, str]:
+def _build_record() -> dict[str, Any]:
+    """What setup.py wrote beside the extensions: built for which torch, and what was left out."""
     path = Path(__file__).parent / "_build.json"
     return json.loads(path.read_text()) if path.exists() else {}
