@@ -29,10 +29,12 @@ try:
     import torch
     from torch.utils.cpp_extension import BuildExtension, CppExtension
 
-    TORCH, NO_TORCH = str(torch.__version__), ""
+    TORCH = str(torch.__version__)
+    NO_TORCH = ""
 except Exception as error:  # a broken torch raises OSError and worse, and must not stop an install
     BuildExtension = build_ext
-    TORCH, NO_TORCH = None, BUILD == "0" and str(error) or f"torch does not import here ({error})"
+    TORCH = None
+    NO_TORCH = str(error) if BUILD == "0" else f"torch does not import here ({error})"
 
 
 class CannotBuildError(Exception):
@@ -143,10 +145,11 @@ def put_ninja_on_path() -> None:
     os.environ["PATH"] = ninja.BIN_DIR + os.pathsep + os.environ.get("PATH", "")
 
 
-kernels = ["kernels", *(f"kernels.{name}" for name in find_packages("kernels"))]
+packages = find_packages(include=["cin_fast", "cin_fast.*"])
+kernels = find_packages(include=["kernels", "kernels.*"])
 setup(
     # kernels/ lives in the package: the top-level name `kernels` belongs to another project.
-    packages=[*find_packages(include=["cin_fast", "cin_fast.*"]), *(f"cin_fast.{k}" for k in kernels)],
+    packages=[*packages, *(f"cin_fast.{name}" for name in kernels)],
     package_dir={"cin_fast.kernels": "kernels"},
     ext_modules=list(PLANNED.values()),
     cmdclass={"build": Build, "build_ext": BuildExtensions},

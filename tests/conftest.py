@@ -1,0 +1,53 @@
+"""What every test gets: fixed seeds, two threads, and fixtures that skip with a reason."""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    torch.set_num_threads(int(os.environ.get("CIN_FAST_TEST_THREADS", "2")))
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seeds() -> None:
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """The checkout; skips where the tests run without one."""
+    if not (REPOSITORY / "setup.py").exists():
+        pytest.skip("needs the checkout that the tests came from")
+    return REPOSITORY
+
+
+@pytest.fixture(scope="session")
+def grocery_root() -> Path:
+    """5,421 real photographs in CUB's layout."""
+    default = REPOSITORY.parent / "shared" / "data" / "grocery"
+    root = Path(os.environ.get("CIN_FAST_GROCERY", default))
+    if not (root / "images.txt").exists():
+        pytest.skip(f"no photographs: {root} has no images.txt (set CIN_FAST_GROCERY)")
+    return root
+
+
+@pytest.fixture(scope="session")
+def cpu_extension() -> str:
+    """The name of the compiled CPU backend, once it is known to run here."""
+    from cin_fast import dispatch
+
+    reason = dispatch.why_not(torch.empty(1, 1, 1), "cpu")
+    if reason:
+        pytest.skip(f"the cpu backend is off: {reason}")
+    return "cpu"
