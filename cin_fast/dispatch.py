@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
+_OPERATORS = ("sci", "sci_backward", "cci", "cci_backward")
 
 # What `backend=None` tries, first to last, by device. Each row is justified by the tables under
 # bench/results; `cuda` and `triton` have not been measured against each other yet.
@@ -113,16 +114,14 @@ def _load_triton() -> str:
 
 
 def _load_extension(name: str) -> str:
+    fix = "python setup.py build_ext --inplace"
     record = _build_record()
     found = importlib.util.find_spec(f"cin_fast.{name}")
     if found is None or found.origin is None:
         reason = record.get("reasons", {}).get("cpu" if name == "_cpu" else "cuda", "")
-        fix = "python setup.py build_ext --inplace"
-        return (
-            f"cin_fast.{name} was not built: {reason}"
-            if reason
-            else (f"cin_fast.{name} is not built ({fix})")
-        )
+        if reason:
+            return f"cin_fast.{name} was not built: {reason}"
+        return f"cin_fast.{name} is not built ({fix})"
     # A classic extension serves only the torch it was built against; loading it elsewhere may
     # crash instead of raising, so the record is compared first.
     built_with = record.get("torch", torch.__version__)
@@ -133,6 +132,10 @@ def _load_extension(name: str) -> str:
         torch.ops.load_library(found.origin)
     except (ImportError, OSError) as error:
         return f"cin_fast.{name} did not load: {error}"
+    backend, key = ("cpu", "CPU") if name == "_cpu" else ("cuda", "CUDA")
+    for stem in _OPERATORS:
+        if not torch._C._dispatch_has_kernel_for_dispatch_key(f"cin_fast::{backend}_{stem}", key):
+            return f"cin_fast.{name} holds no {stem}: build it again ({fix})"
     return ""
 
 

@@ -1,0 +1,148 @@
+"""Checkpoints that a kill at any moment leaves intact, and that say why they are refused.
+
+A checkpoint is one file of tensors and plain values, read with ``weights_only=True``; its SHA-256
+stands beside it. Both are written to the side and renamed into place.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FORMAT = 1
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used, with the reason and the fix."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Everything needed to go on with a run, or to use its model."""
+
+    model: dict[str, Tensor]
+    settings: dict[str, Any]
+    classes: tuple[str, ...]
+    epoch: int
+    optimizer: dict[str, Any]
+    schedule: dict[str, Any]
+    rng: Tensor
+    history: dict[str, float]
+
+    @property
+    def num_classes(self) -> int:
+        """How many classes the model tells apart."""
+        return len(self.classes)
+
+
+def save(path: Path, checkpoint: Checkpoint) -> str:
+    """Write ``checkpoint`` to ``path`` and its hash to ``path.sha256``; returns the hash.
+
+    Raises:
+        CheckpointError: if the disk refuses; what stood at ``path`` before is untouched.
+    """
+    beside = path.with_name(path.name + ".tmp")
+    content = {name: getattr(checkpoint, name) for name in checkpoint.__dataclass_fields__}
+    content |= {"format": FORMAT, "classes": list(checkpoint.classes)}
+    try:
+        with open(beside, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        digest = file_hash(beside)
+        write_text(_hash_file(beside), f"{digest}  {path.name}\n")
+        os.replace(_hash_file(beside), _hash_file(path))
+        os.replace(beside, path)
+    except (OSError, RuntimeError) as error:
+        # torch reports a full disk as a RuntimeError of its archive writer.
+        beside.unlink(missing_ok=True)
+        kept = "the one before it is intact" if path.exists() else "there is none before it"
+        raise CheckpointError(f"{path} could not be written ({_first_line(error)}); {kept}") from error
+    return digest
+
+
+def load(path: Path) -> Checkpoint:
+    """Read a checkpoint.
+
+    Raises:
+        CheckpointError: if there is none, it is truncated, or it is no checkpoint of this project.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"no checkpoint at {path}")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise CheckpointError(
+            f"{path} is damaged or no checkpoint ({_first_line(error)}); {_hash_verdict(path)}"
+        ) from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        found = content.get("format") if isinstance(content, dict) else type(content).__name__
+        raise CheckpointError(f"{path} is no checkpoint of format {FORMAT}: found {found}")
+    content.pop("format")
+    missing = set(Checkpoint.__dataclass_fields__) - set(content)
+    if missing:
+        raise CheckpointError(f"{path} lacks {', '.join(sorted(missing))}")
+    return Checkpoint(**{**content, "classes": tuple(content["classes"])})
+
+
+def load_weights(model: torch.nn.Module, state: Mapping[str, Tensor], source: Path) -> None:
+    """Put a checkpoint's weights into a model.
+
+    Raises:
+        CheckpointError: naming the first parameter that does not fit.
+    """
+    wanted = model.state_dict()
+    for name, tensor in wanted.items():
+        if name not in state:
+            raise CheckpointError(f"{source} is of another model: it lacks {name}")
+        if state[name].shape != tensor.shape:
+            raise CheckpointError(
+                f"{source} is of another model: {name} is {tuple(state[name].shape)}, "
+                f"expected {tuple(tensor.shape)}"
+            )
+    extra = sorted(set(state) - set(wanted))
+    if extra:
+        raise CheckpointError(f"{source} is of another model: it has {extra[0]} besides")
+    model.load_state_dict(dict(state))
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file so that a reader sees the old or the new one, never a part."""
+    beside = path.with_name(path.name + ".new")
+    with open(beside, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, path)
+
+
+def _hash_file(path: Path) -> Path:
+    return path.with_name(path.name + ".sha256")
+
+
+def _hash_verdict(path: Path) -> str:
+    beside = _hash_file(path)
+    if not beside.is_file():
+        return "no hash stands beside it"
+    same = beside.read_text().split()[:1] == [file_hash(path)]
+    return "its hash agrees with the one beside it" if same else "its hash differs from the one beside it"
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,238 @@
+"""One frozen dataclass holds every setting of a training run, with the paper's values as defaults."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from cin_fast.data import dataset_names
+from cin_fast.dispatch import BACKENDS
+from cin_fast.models import METHODS
+
+_AMP = ("auto", "bf16", "fp16", "none")
+
+
+def _setting(default: Any, group: str, help: str, choices: Sequence[str] | None = None) -> Any:
+    metadata = {"group": group, "help": help, "choices": choices}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Every setting of ``cin-fast-train``; each field is the option of the same name."""
+
+    dataset: str = _setting("synthetic", "data", "what to train on", dataset_names())
+    data_root: str = _setting(
+        "", "data", "folder of the dataset (default: $CIN_FAST_DATA, then ./data)"
+    )
+    image_size: int = _setting(448, "data", "side of the crops that the network sees, in pixels")
+    workers: int = _setting(2, "data", "processes that load images; 0 loads in the main one")
+    skip_bad_images: bool = _setting(
+        False, "data", "leave out images that cannot be read, and list them, instead of stopping"
+    )
+
+    method: str = _setting("cin", "model", "the system to train", tuple(METHODS))
+    backbone: str = _setting(
+        "resnet50", "model", "resnet18/34/50/101/152, vgg19 and its kin, or any timm name"
+    )
+    weights: str = _setting("imagenet", "model", "what the backbone starts from: imagenet, none, FILE")
+    embedding_dim: int = _setting(512, "model", "r of Eq. 8: dimensions that pairs are compared in")
+    pooled: bool = _setting(
+        True, "model", "skip the 3x3 convolution by its identity (the same values, faster)"
+    )
+    backend: str = _setting(
+        "auto", "model", "which kernels run channel interaction", ("auto", *BACKENDS)
+    )
+
+    epochs: int = _setting(100, "recipe", "passes over the training set")
+    classes_per_batch: int = _setting(4, "recipe", "classes in a batch")
+    images_per_class: int = _setting(5, "recipe", "images of each class in a batch")
+    lr: float = _setting(0.001, "recipe", "learning rate of SGD")
+    lr_step: int = _setting(20, "recipe", "epochs after which the learning rate decays")
+    lr_decay: float = _setting(0.5, "recipe", "what it is multiplied by then")
+    momentum: float = _setting(0.9, "recipe", "momentum of SGD")
+    weight_decay: float = _setting(2e-4, "recipe", "weight decay of SGD")
+    alpha: float = _setting(2.0, "recipe", "weight of the contrastive loss (Eq. 9)")
+    margin: float = _setting(0.5, "recipe", "beta of Eq. 8")
+    seed: int = _setting(0, "recipe", "seed of weights, sampling and augmentation")
+
+    device: str = _setting("auto", "run", "auto, cpu, cuda or cuda:N")
+    amp: str = _setting("auto", "run", "mixed precision; auto is bf16 on CUDA, none elsewhere", _AMP)
+    compile: bool = _setting(False, "run", "run the model through torch.compile")
+    eval_every: int = _setting(1, "run", "epochs between evaluations; the last one always has one")
+    eval_batch_size: int = _setting(32, "run", "images a batch in evaluation")
+    profile: bool = _setting(False, "run", "write a torch profiler trace of a few steps")
+    output: str = _setting("", "run", "folder of the run (default: runs/DATASET-METHOD-BACKBONE-sSEED)")
+    resume: bool = _setting(False, "run", "go on from the checkpoint in the output folder")
+    overwrite: bool = _setting(False, "run", "replace a run that the output folder already holds")
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            choices, value = field.metadata["choices"], getattr(self, field.name)
+            if choices and value not in choices:
+                raise ValueError(
+                    f"{_option(field.name)}: expected one of {', '.join(choices)}, found {value!r}"
+                )
+        for name in (
+            "image_size", "embedding_dim", "epochs", "classes_per_batch", "images_per_class",
+            "lr_step", "eval_every", "eval_batch_size",
+        ):  # fmt: skip
+            self._require(name, getattr(self, name) >= 1, "at least 1")
+        for name in ("workers", "seed", "weight_decay", "alpha"):
+            self._require(name, getattr(self, name) >= 0, "0 or more")
+        for name in ("lr", "lr_decay", "margin"):
+            self._require(name, getattr(self, name) > 0, "above 0")
+        self._require("momentum", 0 <= self.momentum < 1, "from 0 to below 1")
+        pairs = self.classes_per_batch * self.images_per_class
+        if pairs % 2:
+            raise ValueError(
+                f"--classes-per-batch {self.classes_per_batch} x --images-per-class "
+                f"{self.images_per_class} is odd: a batch of {pairs} cannot be split into pairs"
+            )
+
+    @property
+    def batch_size(self) -> int:
+        """Images a batch and process."""
+        return self.classes_per_batch * self.images_per_class
+
+    @property
+    def output_folder(self) -> Path:
+        """Where everything of the run goes."""
+        name = f"{self.dataset}-{self.method}-{self.backbone}-s{self.seed}"
+        return Path(self.output) if self.output else Path("runs") / name
+
+    def describe(self) -> str:
+        """Every setting, grouped, a line each."""
+        lines: list[str] = []
+        for group in _groups():
+            lines.append(f"{group}:")
+            for field in _fields(group):
+                lines.append(f"  {field.name:18}{getattr(self, field.name)}")
+        return "\n".join(lines)
+
+    def to_json(self) -> str:
+        """What :func:`from_mapping` reads back."""
+        return json.dumps(dataclasses.asdict(self), indent=2)
+
+    def _require(self, name: str, holds: bool, expected: str) -> None:
+        if not holds:
+            raise ValueError(f"{_option(name)}: expected {expected}, found {getattr(self, name)}")
+
+
+def from_mapping(values: Mapping[str, Any], source: str = "settings") -> TrainConfig:
+    """A config from names and values, as settings.json or a YAML/TOML file hold them.
+
+    Raises:
+        ValueError: naming the setting, for an unknown one or a value of the wrong kind.
+    """
+    hints = get_type_hints(TrainConfig)
+    checked: dict[str, Any] = {}
+    for key, value in values.items():
+        name = key.replace("-", "_")
+        if name not in hints:
+            raise ValueError(f"{source}: unknown setting {key!r}; see cin-fast-train --help")
+        kind = hints[name]
+        if kind is float and isinstance(value, (int, str)) and not isinstance(value, bool):
+            value = _as_float(source, key, value)
+        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+            raise ValueError(f"{source}: {key} expected {kind.__name__}, found {value!r}")
+        checked[name] = value
+    return TrainConfig(**checked)
+
+
+def parse(argv: Sequence[str] | None = None) -> TrainConfig:
+    """The config of a command line; ``--config FILE`` gives defaults that options override.
+
+    Raises:
+        ValueError: naming the setting, the file and what was found.
+    """
+    options = vars(_parser().parse_args(argv))
+    path = options.pop("config")
+    return from_mapping({**_read(path), **options} if path else options, path or "command line")
+
+
+def _read(path: str) -> dict[str, Any]:
+    file = Path(path)
+    if not file.is_file():
+        raise ValueError(f"--config: no file {file}")
+    text = file.read_text()
+    if file.suffix in (".yaml", ".yml"):
+        import yaml
+
+        loaded = yaml.safe_load(text)
+    elif file.suffix == ".toml":
+        loaded = _toml(text)
+    elif file.suffix == ".json":
+        loaded = json.loads(text)
+    else:
+        raise ValueError(f"--config: expected .yaml, .toml or .json, found {file}")
+    if not isinstance(loaded, dict):
+        raise ValueError(f"--config: {file} holds no settings")
+    return loaded
+
+
+def _toml(text: str) -> dict[str, Any]:
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+    return tomllib.loads(text)
+
+
+def _as_float(source: str, key: str, value: int | str) -> float:
+    # YAML reads 2e-4 as text.
+    try:
+        return float(value)
+    except ValueError as error:
+        raise ValueError(f"{source}: {key} expected a number, found {value!r}") from error
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="cin-fast-train",
+        description="Train a fine-grained classifier; the defaults are the paper's recipe.",
+        epilog="example: cin-fast-train --dataset cub --data-root CUB_200_2011 --method cin",
+        argument_default=argparse.SUPPRESS,
+    )
+    parser.add_argument(
+        "--config", default=None, metavar="FILE", help="settings from a YAML, TOML or JSON file"
+    )
+    hints = get_type_hints(TrainConfig)
+    for group in _groups():
+        arguments = parser.add_argument_group(group)
+        for field in _fields(group):
+            kind, text = hints[field.name], str(field.metadata["help"]).replace("%", "%%")
+            if field.default not in ("", False):
+                text += f" (default: {field.default})"
+            if kind is bool:
+                arguments.add_argument(
+                    _option(field.name), action=argparse.BooleanOptionalAction, help=text
+                )
+            else:
+                arguments.add_argument(
+                    _option(field.name), type=kind, choices=field.metadata["choices"], help=text,
+                    metavar=None if field.metadata["choices"] else _metavar(kind),
+                )  # fmt: skip
+    return parser
+
+
+def _metavar(kind: type) -> str:
+    return {int: "N", float: "X"}.get(kind, "NAME")
+
+
+def _option(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _fields(group: str) -> list[dataclasses.Field[Any]]:
+    return [f for f in dataclasses.fields(TrainConfig) if f.metadata["group"] == group]
+
+
+def _groups() -> list[str]:
+    return list(dict.fromkeys(f.metadata["group"] for f in dataclasses.fields(TrainConfig)))

@@ -1,0 +1,74 @@
+"""One process or many: what torchrun started, and sums over it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all of a run."""
+
+    rank: int
+    size: int
+    local_rank: int
+
+    @property
+    def main(self) -> bool:
+        """Whether this process writes and prints."""
+        return self.rank == 0
+
+
+@contextmanager
+def join(device: str) -> Iterator[World]:
+    """Join the other processes that torchrun started, or be the only one."""
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    world = World(int(os.environ.get("RANK", "0")), size, int(os.environ.get("LOCAL_RANK", "0")))
+    if size == 1:
+        yield world
+        return
+    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    try:
+        yield world
+    finally:
+        dist.destroy_process_group()
+
+
+def pick_device(name: str, world: World) -> torch.device:
+    """The device that ``--device`` means for this process.
+
+    Raises:
+        ValueError: if it is not there.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"--device: expected auto, cpu, cuda or cuda:N, found {name!r}") from error
+    if device.type != "cuda":
+        return device
+    if not torch.cuda.is_available():
+        raise ValueError("--device: cuda was asked for, but torch sees no CUDA device")
+    if device.index is None:
+        device = torch.device("cuda", world.local_rank)
+    if device.index >= torch.cuda.device_count():
+        raise ValueError(
+            f"--device: {device} was asked for, but there are {torch.cuda.device_count()} devices"
+        )
+    torch.cuda.set_device(device)
+    return device
+
+
+def sum_over_processes(values: Tensor) -> Tensor:
+    """The sum of ``values`` over all processes, on each of them."""
+    if dist.is_initialized():
+        dist.all_reduce(values)
+    return values

@@ -1,0 +1,101 @@
+"""What a run leaves in its folder: settings, environment, metrics a line an epoch, curves."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from cin_fast.checkpoint import write_text
+from cin_fast.config import TrainConfig
+from cin_fast.info import device_name, versions
+
+SETTINGS = "settings.json"
+METRICS = "metrics.json"
+METRICS_LINES = "metrics.jsonl"
+
+
+class RunFolder:
+    """The folder of a run, written by the main process alone.
+
+    Raises:
+        ValueError: if it cannot be written, or holds a run that is neither resumed nor replaced.
+    """
+
+    def __init__(self, path: Path, *, resume: bool = False, overwrite: bool = False) -> None:
+        self.path = path
+        held = self.checkpoint.exists()
+        if held and not (resume or overwrite):
+            raise ValueError(
+                f"--output: {path} already holds a run; go on with it (--resume), replace it "
+                "(--overwrite) or choose another folder"
+            )
+        if resume and not held:
+            raise ValueError(f"--resume: no checkpoint {self.checkpoint} to go on from")
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            write_text(path / ".writable", "")
+            (path / ".writable").unlink()
+        except OSError as error:
+            raise ValueError(f"--output: {path} cannot be written ({error.strerror})") from error
+        if held and overwrite and not resume:
+            for name in (self.checkpoint.name, METRICS, METRICS_LINES):
+                (path / name).unlink(missing_ok=True)
+
+    @property
+    def checkpoint(self) -> Path:
+        """The checkpoint after the last whole epoch."""
+        return self.path / "last.pt"
+
+    def describe(self, config: TrainConfig) -> None:
+        """Write settings.json and environment.json."""
+        write_text(self.path / SETTINGS, config.to_json() + "\n")
+        environment = {
+            **versions(),
+            "device": device_name(),
+            "platform": platform.platform(),
+            "git commit": git_commit(),
+            "command": shlex.join(sys.argv),
+        }
+        write_text(self.path / "environment.json", json.dumps(environment, indent=2) + "\n")
+
+    def forget_after(self, epoch: int) -> None:
+        """Drop lines of epochs that the checkpoint does not hold (a kill came between the two)."""
+        lines = self.path / METRICS_LINES
+        if lines.exists():
+            kept = [line for line in lines.read_text().splitlines() if _epoch_of(line) <= epoch]
+            write_text(lines, "".join(line + "\n" for line in kept))
+
+    def append(self, metrics: Mapping[str, Any]) -> None:
+        """Add a line to metrics.jsonl."""
+        with open(self.path / METRICS_LINES, "a") as file:
+            file.write(json.dumps(metrics) + "\n")
+
+    def finish(self, metrics: Mapping[str, Any]) -> None:
+        """Write metrics.json."""
+        write_text(self.path / METRICS, json.dumps(metrics, indent=2) + "\n")
+
+
+def _epoch_of(line: str) -> float:
+    try:
+        return float(json.loads(line)["epoch"])
+    except (json.JSONDecodeError, KeyError):
+        return float("inf")
+
+
+def git_commit() -> str:
+    """The commit of the source that runs, with ``-dirty`` if it was changed; "unknown" outside git."""
+    here = Path(__file__).resolve().parent
+    try:
+        found = subprocess.run(
+            ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12"],
+            capture_output=True, text=True, timeout=10, check=True,
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return found.stdout.strip()

@@ -1,0 +1,509 @@
+"""``cin-fast-train``: one visible loop."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import StepLR
+from torch.utils.data import DataLoader, Subset
+from tqdm import tqdm
+
+from cin_fast import checkpoint as checkpoints
+from cin_fast import config as configs
+from cin_fast.checkpoint import Checkpoint, CheckpointError
+from cin_fast.config import TrainConfig
+from cin_fast.data import ClassBalancedPairSampler, ImageDataset, build_dataset
+from cin_fast.data.seeded import SeededBatches, SeededImages
+from cin_fast.distributed import World, join, pick_device, sum_over_processes
+from cin_fast.evaluate import Scores, score
+from cin_fast.losses import pair_counts
+from cin_fast.models import Classifier, build_model
+from cin_fast.models.backbones import stride_of
+from cin_fast.records import SETTINGS, RunFolder
+
+# Settings that a resumed run may change: none of them changes what is learnt.
+_FREE_ON_RESUME = {
+    "epochs", "output", "resume", "overwrite", "workers", "device", "data_root", "weights",
+    "eval_every", "eval_batch_size", "profile", "compile", "backend",
+}  # fmt: skip
+_PROFILED_STEPS = 5
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; says why, and what is left."""
+
+
+@dataclass
+class EpochTotals:
+    """Sums over an epoch, on the device until they are read."""
+
+    loss: Tensor
+    classification: Tensor
+    pair: Tensor
+    correct: Tensor
+    images: int = 0
+    steps: int = 0
+    positives: int = 0
+    negatives: int = 0
+
+    @classmethod
+    def zeros(cls, device: torch.device) -> EpochTotals:
+        """Nothing counted yet."""
+        return cls(*(torch.zeros((), dtype=torch.float64, device=device) for _ in range(4)))
+
+    def means(self) -> dict[str, float]:
+        """Means over the steps and images of all processes; counts are summed."""
+        counts = (self.steps, self.images, self.positives, self.negatives)
+        sums = [self.loss, self.classification, self.pair, self.correct]
+        sums += [torch.full_like(self.loss, count) for count in counts]
+        loss, classification, pair, correct, steps, images, positives, negatives = (
+            sum_over_processes(torch.stack(sums)).tolist()
+        )
+        return {
+            "loss": loss / steps,
+            "loss_classification": classification / steps,
+            "loss_pair": pair / steps,
+            "train_top1": correct / images,
+            "images": images,
+            "positive_pairs": positives,
+            "negative_pairs": negatives,
+        }
+
+    def __str__(self) -> str:
+        return (
+            f"loss {self.loss.item() / self.steps:.3f} = "
+            f"{self.classification.item() / self.steps:.3f} + "
+            f"alpha {self.pair.item() / self.steps:.3f}, "
+            f"pairs +{self.positives} -{self.negatives}"
+        )
+
+
+class Trainer:
+    """A run: data, model, optimiser and the epoch it stands at.
+
+    Raises:
+        ValueError: for a setting that cannot work, before anything is loaded.
+    """
+
+    def __init__(self, config: TrainConfig, world: World) -> None:
+        self.config = config
+        self.world = world
+        self.device = pick_device(config.device, world)
+        _check_image_size(config)
+        self.folder = RunFolder(
+            config.output_folder, resume=config.resume, overwrite=config.overwrite or not world.main
+        )
+        resumed = checkpoints.load(self.folder.checkpoint) if config.resume else None
+
+        self.train_images = _dataset(config, train=True)
+        self.test_images = _dataset(config, train=False)
+        self.classes = self.train_images.classes
+        pairs = ClassBalancedPairSampler(
+            self.train_images.labels,
+            config.classes_per_batch,
+            config.images_per_class,
+            seed=config.seed,
+            rank=world.rank,
+            world_size=world.size,
+        )
+        self.batches = SeededBatches(pairs, config.seed, world.rank)
+        self.memory_format = (
+            torch.channels_last if self.device.type == "cuda" else torch.contiguous_format
+        )
+        torch.manual_seed(config.seed)
+        self.model = self._build_model(fresh=resumed is None)
+        self.optimizer = torch.optim.SGD(
+            self.model.parameters(),
+            lr=config.lr,
+            momentum=config.momentum,
+            weight_decay=config.weight_decay,
+            fused=True,
+        )
+        self.schedule = StepLR(self.optimizer, config.lr_step, config.lr_decay)
+        # float16 alone needs its loss scaled.
+        self.scaler = torch.amp.GradScaler(
+            self.device.type, enabled=self._amp_dtype() is torch.float16
+        )
+        self.epoch = 0
+        self.history = {"best_test_top1": 0.0, "seconds": 0.0}
+        if resumed is not None:
+            self._restore(resumed)
+        self.parallel = self._parallel()
+
+    def run(self) -> dict[str, Any]:
+        """Train to the last epoch; returns what metrics.json holds."""
+        if self.world.main:
+            self.folder.describe(self.config)
+            self.folder.forget_after(self.epoch)
+            print(self.describe(), flush=True)
+        train_loader, test_loader = self._train_loader(), self._test_loader()
+        metrics: dict[str, Any] = {}
+        with _curves(self.folder.path, self.world) as draw:
+            while self.epoch < self.config.epochs:
+                metrics = self.one_epoch(train_loader, test_loader)
+                if self.world.main:
+                    self.save()
+                    self.folder.append(metrics)
+                    draw(metrics)
+                    print(_epoch_line(metrics, self.config.epochs), flush=True)
+        if not metrics:
+            metrics = self._tested(test_loader)
+        return self._finish(metrics)
+
+    def one_epoch(
+        self, train_loader: DataLoader[Any], test_loader: DataLoader[Any]
+    ) -> dict[str, Any]:
+        """Train an epoch, and test where one is due; returns its line of metrics.jsonl."""
+        start = time.perf_counter()
+        lr = self.schedule.get_last_lr()[0]
+        trained = self.train_epoch(train_loader)
+        speed = trained["images"] / (time.perf_counter() - start)
+        self.schedule.step()
+        self.epoch += 1
+        metrics = {"epoch": self.epoch, "lr": lr, **trained, "images_per_second": speed}
+        if self.epoch % self.config.eval_every == 0 or self.epoch == self.config.epochs:
+            metrics |= self._tested(test_loader)
+        metrics["seconds"] = time.perf_counter() - start
+        self.history["seconds"] += metrics["seconds"]
+        return metrics
+
+    def train_epoch(self, loader: DataLoader[Any]) -> dict[str, float]:
+        """One pass over the training set."""
+        self.batches.set_epoch(self.epoch)
+        self.model.train()
+        totals = EpochTotals.zeros(self.device)
+        pending: tuple[Tensor, Tensor] | None = None
+        bar = tqdm(
+            loader, f"epoch {self.epoch + 1}/{self.config.epochs}", unit="batch",
+            leave=False, disable=not self.world.main,
+        )  # fmt: skip
+        with self._profiler() as profiled:
+            for images, labels, indices in bar:
+                loss = self._step(images, labels, totals)
+                # Reading a loss waits for the device, so it is read while the next step runs.
+                self._check_finite(pending)
+                pending = (loss, indices)
+                if totals.steps % 10 == 1:
+                    bar.set_postfix_str(str(totals))
+                profiled()
+        self._check_finite(pending)
+        return totals.means()
+
+    def _step(self, images: Tensor, labels: Tensor, totals: EpochTotals) -> Tensor:
+        images = images.to(self.device, memory_format=self.memory_format, non_blocking=True)
+        # Positions (0, 1), (2, 3), ... of a batch are its pairs. The CPU copy is checked for free.
+        partner = torch.arange(len(labels)) ^ 1 if self.model.uses_pairs else None
+        positives, negatives = pair_counts(labels, torch.arange(len(labels)) ^ 1)
+        labels = labels.to(self.device, non_blocking=True)
+        with self._autocast():
+            output = self.parallel(images, partner)
+            on_device = None if partner is None else partner.to(self.device, non_blocking=True)
+            parts = self.model.loss(output, labels, on_device, self.config.margin)
+            loss = parts.total(self.config.alpha)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(loss).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+
+        logits = output[0] if isinstance(output, tuple) else output
+        totals.loss += loss.detach()
+        totals.classification += parts.classification.detach()
+        if parts.pair is not None:
+            totals.pair += parts.pair.detach()
+        totals.correct += (logits.detach().argmax(1) == labels).sum()
+        totals.images += len(labels)
+        totals.steps += 1
+        totals.positives += positives
+        totals.negatives += negatives
+        return loss.detach()
+
+    def test(self, loader: DataLoader[Any]) -> Scores:
+        """Scores over the whole test set, shared by all processes."""
+        return score(self.model, loader, len(self.classes), self.device, self._autocast())
+
+    def save(self) -> None:
+        """Write last.pt."""
+        checkpoints.save(
+            self.folder.checkpoint,
+            Checkpoint(
+                model=self.model.state_dict(),
+                settings=dataclasses.asdict(self.config),
+                classes=self.classes,
+                epoch=self.epoch,
+                optimizer=self.optimizer.state_dict(),
+                schedule=self.schedule.state_dict(),
+                rng=torch.get_rng_state(),
+                history=self.history,
+            ),
+        )
+
+    def describe(self) -> str:
+        """Settings, data, batch structure and model, as printed at the start."""
+        config, size = self.config, self.world.size
+        parameters = sum(p.numel() for p in self.model.parameters()) / 1e6
+        skipped = self.train_images.skipped + self.test_images.skipped
+        lines = [
+            config.describe(),
+            f"\n{len(self.train_images)} training and {len(self.test_images)} test images of "
+            f"{len(self.classes)} classes",
+            f"global batch {config.batch_size * size} = {size} x {config.classes_per_batch} classes"
+            f" x {config.images_per_class} images, {config.batch_size * size // 2} pairs, each "
+            "within one process",
+            f"{config.method} on {config.backbone}, {parameters:.1f} M parameters, {self.device}",
+            f"everything of this run goes to {self.folder.path}",
+        ]
+        lines += [f"skipped {len(skipped)} bad images:", *skipped] if skipped else []
+        return "\n".join(lines)
+
+    def _tested(self, loader: DataLoader[Any]) -> dict[str, float]:
+        scores = self.test(loader)
+        self.history["best_test_top1"] = max(self.history["best_test_top1"], scores.top1)
+        return {"test_top1": scores.top1, "test_top5": scores.top5}
+
+    def _finish(self, last: Mapping[str, Any]) -> dict[str, Any]:
+        metrics = {
+            "test_top1": last["test_top1"],
+            "test_top5": last["test_top5"],
+            "best_test_top1": self.history["best_test_top1"],
+            "best_test_top1_note": "optimistic: the epoch was chosen on the test set",
+            "chance_top1": 1 / len(self.classes),
+            "num_classes": len(self.classes),
+            "epochs": self.epoch,
+            "seconds": self.history["seconds"],
+            "method": self.config.method,
+            "backbone": self.config.backbone,
+            "dataset": self.config.dataset,
+            "seed": self.config.seed,
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "skipped_images": len(self.train_images.skipped) + len(self.test_images.skipped),
+        }
+        if self.world.main:
+            self.folder.finish(metrics)
+        return metrics
+
+    def _build_model(self, fresh: bool) -> Classifier:
+        config = self.config
+        model = build_model(
+            config.method,
+            len(self.classes),
+            config.backbone,
+            # A resumed run takes its weights from the checkpoint.
+            config.weights if fresh else "none",
+            pooled=config.pooled,
+            embedding_dim=config.embedding_dim,
+            backend=None if config.backend == "auto" else config.backend,
+        )
+        return model.to(self.device, memory_format=self.memory_format)  # type: ignore[call-overload]
+
+    def _restore(self, resumed: Checkpoint) -> None:
+        path, ours = self.folder.checkpoint, dataclasses.asdict(self.config)
+        for name, value in resumed.settings.items():
+            if name not in _FREE_ON_RESUME and ours.get(name) != value:
+                raise CheckpointError(
+                    f"--resume: {path} was trained with {name} = {value}, not {ours.get(name)}"
+                )
+        if resumed.classes != self.classes:
+            raise CheckpointError(
+                f"--resume: {path} knows {resumed.num_classes} classes, the dataset has "
+                f"{len(self.classes)}, or the same under other names"
+            )
+        checkpoints.load_weights(self.model, resumed.model, path)
+        self.optimizer.load_state_dict(resumed.optimizer)
+        self.schedule.load_state_dict(resumed.schedule)
+        torch.set_rng_state(resumed.rng)
+        self.epoch = resumed.epoch
+        self.history = dict(resumed.history)
+
+    def _parallel(self) -> nn.Module:
+        module: nn.Module = self.model
+        if self.world.size > 1:
+            module = nn.parallel.DistributedDataParallel(
+                module, device_ids=[self.device] if self.device.type == "cuda" else None
+            )
+        return torch.compile(module) if self.config.compile else module  # type: ignore[return-value]
+
+    def _train_loader(self) -> DataLoader[Any]:
+        return DataLoader(
+            SeededImages(self.train_images),
+            batch_sampler=self.batches,
+            num_workers=self.config.workers,
+            pin_memory=self.device.type == "cuda",
+            persistent_workers=self.config.workers > 0,
+        )
+
+    def _test_loader(self) -> DataLoader[Any]:
+        mine = range(self.world.rank, len(self.test_images), self.world.size)
+        return DataLoader(
+            Subset(self.test_images, mine),
+            batch_size=self.config.eval_batch_size,
+            num_workers=self.config.workers,
+            pin_memory=self.device.type == "cuda",
+            persistent_workers=self.config.workers > 0,
+        )
+
+    def _amp_dtype(self) -> torch.dtype | None:
+        name = self.config.amp
+        if name == "auto":
+            name = "bf16" if self.device.type == "cuda" else "none"
+        return {"bf16": torch.bfloat16, "fp16": torch.float16, "none": None}[name]
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        dtype = self._amp_dtype()
+        return torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None)
+
+    def _check_finite(self, pending: tuple[Tensor, Tensor] | None) -> None:
+        if pending is None or math.isfinite(pending[0].item()):
+            return
+        names = "\n  ".join(self.train_images.name(i) for i in pending[1].tolist())
+        kept = self.folder.checkpoint
+        left = f"{kept} holds the epoch before" if kept.exists() else "there is no checkpoint yet"
+        raise TrainingError(
+            f"the loss became {pending[0].item()} in epoch {self.epoch + 1}; a lower --lr is the "
+            f"usual cure; {left}; the batch was:\n  {names}"
+        )
+
+    @contextlib.contextmanager
+    def _profiler(self) -> Iterator[Callable[[], None]]:
+        if not (self.config.profile and self.world.main and self.epoch == 0):
+            yield lambda: None
+            return
+        from torch.profiler import profile, schedule
+
+        path = self.folder.path / "trace.json"
+        with profile(
+            schedule=schedule(wait=1, warmup=1, active=_PROFILED_STEPS),
+            on_trace_ready=lambda profiler: profiler.export_chrome_trace(str(path)),
+        ) as profiler:
+            yield profiler.step
+
+
+def train(config: TrainConfig) -> dict[str, Any]:
+    """Train as ``config`` says; returns what metrics.json holds.
+
+    Raises:
+        ValueError: for a setting, dataset or checkpoint that cannot work (``DataError`` and
+            ``CheckpointError`` among them), before time is spent where it can be known.
+        FileNotFoundError: for weights that cannot be had.
+        TrainingError: if the loss is no longer finite.
+    """
+    with join(config.device) as world:
+        return Trainer(config, world).run()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; prints errors as one line and returns 2 for them."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    signal.signal(signal.SIGTERM, _stop)
+    try:
+        metrics = train(configs.parse(_with_settings_of_the_run(arguments)))
+    except (ValueError, FileNotFoundError, TrainingError) as error:
+        return _fail(_message(error))
+    except OSError as error:
+        return _fail(f"{error.strerror or error} {error.filename or ''}".strip())
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        return _fail(
+            f"a process that loads images died ({str(error).splitlines()[0]}); out of memory is "
+            "the usual cause: try fewer --workers. Finished epochs are kept: --resume goes on"
+        )
+    except KeyboardInterrupt:
+        return _fail("stopped; finished epochs are kept: --resume goes on", code=130)
+    print(
+        f"test top-1 {metrics['test_top1']:.2%}, top-5 {metrics['test_top5']:.2%} "
+        f"(chance {metrics['chance_top1']:.2%}) after {metrics['epochs']} epochs in "
+        f"{metrics['seconds']:.0f} s"
+    )
+    return 0
+
+
+def _with_settings_of_the_run(arguments: list[str]) -> list[str]:
+    """``--output DIR --resume`` alone means the settings that DIR was trained with."""
+    if "--resume" not in arguments or "--config" in arguments or "--output" not in arguments:
+        return arguments
+    position = arguments.index("--output") + 1
+    settings = Path(arguments[position] if position < len(arguments) else "") / SETTINGS
+    return ["--config", str(settings), *arguments] if settings.is_file() else arguments
+
+
+def _stop(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def _fail(message: str, code: int = 2) -> int:
+    print(f"cin-fast-train: error: {message}", file=sys.stderr)
+    return code
+
+
+def _message(error: BaseException) -> str:
+    """The error's own words, also where a data worker wrapped them in its traceback."""
+    text = str(error)
+    if "in DataLoader worker process" not in text:
+        return text
+    return text.strip().splitlines()[-1].partition(": ")[2]
+
+
+def _check_image_size(config: TrainConfig) -> None:
+    stride = stride_of(config.backbone)
+    if config.image_size < stride:
+        raise ValueError(
+            f"--image-size: {config.image_size} is smaller than the stride of {config.backbone} "
+            f"({stride}): its map would be empty"
+        )
+
+
+def _dataset(config: TrainConfig, *, train: bool) -> ImageDataset:
+    return build_dataset(
+        config.dataset,
+        Path(config.data_root) if config.data_root else None,
+        train=train,
+        image_size=config.image_size,
+        skip_bad_images=config.skip_bad_images,
+        # The pictures of the synthetic set do not change with the seed of a run.
+        seed=0,
+    )
+
+
+def _epoch_line(metrics: Mapping[str, Any], epochs: int) -> str:
+    line = (
+        f"epoch {metrics['epoch']:3}/{epochs}  loss {metrics['loss']:.4f}  "
+        f"pairs +{metrics['positive_pairs']:.0f} -{metrics['negative_pairs']:.0f}  "
+        f"train {metrics['train_top1']:.2%}"
+    )
+    if "test_top1" in metrics:
+        line += f"  test {metrics['test_top1']:.2%}"
+    return line + f"  {metrics['images_per_second']:.1f} images/s"
+
+
+@contextlib.contextmanager
+def _curves(folder: Path, world: World) -> Iterator[Callable[[Mapping[str, Any]], None]]:
+    """TensorBoard curves beside metrics.jsonl."""
+    if not world.main:
+        yield lambda metrics: None
+        return
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(str(folder / "tensorboard")) as writer:
+
+        def draw(metrics: Mapping[str, Any]) -> None:
+            for name, value in metrics.items():
+                if name != "epoch":
+                    writer.add_scalar(name, value, metrics["epoch"])
+            writer.flush()
+
+        yield draw
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,167 @@
+"""sci: its value, its gradients, its arguments, and what torch does with the operator."""
+
+import pytest
+import torch
+
+import cin_fast
+from cin_fast.testing import INPUT_KINDS, SHAPES, check_sci, make_input
+
+
+def by_loops(x_BCL, scale):
+    """Eq. 1 and 2 with nothing but scalars."""
+    b, c, length = x_BCL.shape
+    y = torch.zeros_like(x_BCL)
+    for n in range(b):
+        for i in range(c):
+            logits = [scale * float(x_BCL[n, i] @ x_BCL[n, j]) for j in range(c)]
+            top = max(logits)
+            weights = [2.718281828459045 ** (logit - top) for logit in logits]
+            for j in range(c):
+                y[n, i] += weights[j] / sum(weights) * x_BCL[n, j]
+    return y
+
+
+@pytest.mark.parametrize("scale", [-1.0, 1.0, -0.3])
+def test_value_is_the_papers_equation(scale):
+    x = make_input("diffuse", (2, 5, 3), torch.float64)
+    torch.testing.assert_close(
+        cin_fast.sci(x, scale=scale), by_loops(x, scale), rtol=1e-12, atol=1e-12
+    )
+
+
+def test_a_hand_computed_pair_of_channels():
+    # x x^T = [[1, 0], [0, 4]]; row 0 of W is softmax(-1, 0), row 1 is softmax(0, -4).
+    x = torch.tensor([[[1.0, 0.0], [0.0, 2.0]]], dtype=torch.float64)
+    a, b = 1 / (1 + torch.e), 1 / (1 + torch.e**-4)
+    expected = torch.tensor([[[a, 2 * (1 - a)], [b, 2 * (1 - b)]]], dtype=torch.float64)
+    torch.testing.assert_close(cin_fast.sci(x), expected)
+
+
+def test_the_complementary_channel_gets_the_largest_weight():
+    x = torch.tensor([[[3.0, 0.0], [3.0, 0.0], [0.0, 3.0]]])
+    assert cin_fast.sci_weights(x)[0, 0].argmax() == 2
+    assert cin_fast.sci_weights(x, scale=1.0)[0, 0].argmax() != 2
+
+
+def test_it_is_danets_channel_attention():
+    x = make_input("relu", (2, 9, 16), torch.float64)
+    energy = x @ x.mT
+    attention = torch.softmax(energy.amax(-1, keepdim=True) - energy, -1)
+    torch.testing.assert_close(cin_fast.sci(x), attention @ x)
+
+
+def test_logits_are_not_divided_by_the_number_of_positions():
+    x = make_input("diffuse", (1, 6, 8), torch.float64)
+    torch.testing.assert_close(
+        cin_fast.sci_weights(x.repeat(1, 1, 4)), cin_fast.sci_weights(2 * x), rtol=1e-9, atol=1e-9
+    )
+
+
+def test_maps_keep_their_shape_and_v_gives_the_result_its_own():
+    x = make_input("relu", (2, 6, 20))
+    map_x = x.unflatten(-1, (4, 5))
+    torch.testing.assert_close(cin_fast.sci(map_x), cin_fast.sci(x).unflatten(-1, (4, 5)))
+    assert cin_fast.sci(x, x[..., :7]).shape == (2, 6, 7)
+    assert cin_fast.sci(x, map_x[..., :2]).shape == (2, 6, 4, 2)
+
+
+@pytest.mark.parametrize("kind", INPUT_KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_reference_keeps_the_rule(kind, dtype):
+    for shape in SHAPES:
+        x = make_input(kind, shape, dtype)
+        check_sci("reference", x, None, make_input("randn", shape, dtype, seed=1))
+
+
+def test_non_contiguous_inputs_give_the_same():
+    x = make_input("relu", (2, 7, 12)).requires_grad_()
+    strided = torch.empty(2, 12, 7).mT.copy_(x.detach()).requires_grad_()
+    assert not strided.is_contiguous()
+    for leaf in (x, strided):
+        cin_fast.sci(leaf).square().sum().backward()
+    torch.testing.assert_close(strided.grad, x.grad)
+
+
+def test_gradients_to_second_order():
+    x = make_input("diffuse", (2, 4, 3), torch.float64).requires_grad_()
+    v = make_input("randn", (2, 4, 2), torch.float64, seed=1).requires_grad_()
+    assert torch.autograd.gradcheck(cin_fast.sci, (x,))
+    assert torch.autograd.gradcheck(cin_fast.sci, (x, v))
+    assert torch.autograd.gradgradcheck(cin_fast.sci, (x, v))
+
+
+@pytest.mark.parametrize("with_v", [False, True])
+def test_opcheck(with_v):
+    x = make_input("relu", (2, 5, 6)).requires_grad_()
+    v = make_input("randn", (2, 5, 3)).requires_grad_() if with_v else None
+    torch.library.opcheck(torch.ops.cin_fast.reference_sci, (x, v, -1.0))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_as_one_graph(dynamic):
+    x = make_input("relu", (2, 5, 6)).requires_grad_()
+    compiled = torch.compile(
+        lambda x: cin_fast.sci(x, backend="reference").square(), fullgraph=True, dynamic=dynamic
+    )
+    (expected,) = torch.autograd.grad(cin_fast.sci(x, backend="reference").square().sum(), x)
+    (actual,) = torch.autograd.grad(compiled(x).sum(), x)
+    torch.testing.assert_close(actual, expected)
+
+
+def test_exports():
+    class Module(torch.nn.Module):
+        def forward(self, x):
+            return cin_fast.sci(x, backend="reference")
+
+    x = make_input("relu", (2, 5, 6))
+    program = torch.export.export(Module(), (x,))
+    torch.testing.assert_close(program.module()(x), cin_fast.sci(x, backend="reference"))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_is_the_call_on_cast_inputs(dtype):
+    x = make_input("relu", (2, 6, 9)).requires_grad_()
+    with torch.autocast("cpu", dtype=dtype):
+        y = cin_fast.sci(x)
+    assert y.dtype == dtype
+    torch.testing.assert_close(y, cin_fast.sci(x.to(dtype)))
+    y.float().sum().backward()
+    assert x.grad.dtype == torch.float32
+
+
+def test_autocast_leaves_the_logits_alone():
+    x = 3 * make_input("randn", (1, 6, 50))
+    expected = cin_fast.sci_weights(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(cin_fast.sci_weights(x), expected)
+
+
+def test_large_activations_do_not_overflow():
+    x = torch.full((1, 3, 8), 100.0, dtype=torch.float16)
+    torch.testing.assert_close(cin_fast.sci(x), x)
+    x = make_input("randn", (1, 6, 20)) * 1e4
+    assert cin_fast.sci(x).isfinite().all()
+
+
+def test_same_bits_at_every_run():
+    x = make_input("randn", (2, 33, 49))
+    assert torch.equal(cin_fast.sci(x), cin_fast.sci(x))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((torch.zeros(3, 4),), r"x: expected \(B, C, L\).*\(3, 4\)"),
+        ((torch.zeros(2, 3, 4, dtype=torch.int64),), "x: expected float32.*int64"),
+        ((torch.zeros(2, 0, 4),), r"x: channels .* \(2, 0, 4\)"),
+        ((torch.zeros(2, 3, 0),), "x: channels and positions may not be empty"),
+        (("nothing",), "x: expected a tensor, found str"),
+        ((torch.zeros(2, 3, 4), torch.zeros(2, 4, 4)), r"v: expected \(2, 3, K\)"),
+        ((torch.zeros(2, 3, 4), torch.zeros(2, 3, 4).double()), "v: expected x's dtype"),
+        ((torch.zeros(2, 3, 4), torch.zeros(2, 3, 4, device="meta")), "v: expected x's device"),
+        ((torch.zeros(2, 3, 4), torch.zeros(2, 3, 0)), "v: columns may not be empty"),
+    ],
+)
+def test_bad_arguments_are_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        cin_fast.sci(*arguments)
