@@ -8,6 +8,7 @@ CIN_FAST_SANITIZE=1 adds the address and undefined-behaviour sanitizers; MAX_JOB
 CXX as usual.
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -22,6 +23,10 @@ BUILD = os.environ.get("CIN_FAST_BUILD", "")
 SANITIZE = os.environ.get("CIN_FAST_SANITIZE") == "1"
 os.environ.setdefault("MAX_JOBS", "2")
 os.chdir(Path(__file__).resolve().parent)
+with contextlib.suppress(ImportError):  # its binary is off PATH in an environment not activated
+    import ninja
+
+    os.environ["PATH"] = ninja.BIN_DIR + os.pathsep + os.environ.get("PATH", "")
 
 try:
     if BUILD == "0":
@@ -100,7 +105,6 @@ class BuildExtensions(BuildExtension):
         self.reasons = dict(REASONS)
         if self.required and self.reasons:
             raise SystemExit("cin_fast: cannot build " + describe(self.reasons))
-        put_ninja_on_path()
         if self.extensions:
             super().run()
         if not (BUILD == "0" and self.inplace):
@@ -134,15 +138,6 @@ class BuildExtensions(BuildExtension):
 
 def describe(reasons: dict[str, str]) -> str:
     return ", ".join(f"{name} ({reason})" for name, reason in reasons.items())
-
-
-def put_ninja_on_path() -> None:
-    """The ninja package's binary, which an environment that is not activated does not show."""
-    try:
-        import ninja
-    except ImportError:
-        return
-    os.environ["PATH"] = ninja.BIN_DIR + os.pathsep + os.environ.get("PATH", "")
 
 
 packages = find_packages(include=["cin_fast", "cin_fast.*"])
