@@ -28,18 +28,20 @@ with contextlib.suppress(ImportError):  # its binary is off PATH in an environme
 
     os.environ["PATH"] = ninja.BIN_DIR + os.pathsep + os.environ.get("PATH", "")
 
-try:
-    if BUILD == "0":
-        raise ImportError("CIN_FAST_BUILD=0")
-    import torch
-    from torch.utils.cpp_extension import BuildExtension, CppExtension
+TORCH = None
+NO_TORCH = "CIN_FAST_BUILD=0" if BUILD == "0" else ""
+BuildExtension = build_ext
+if not NO_TORCH:
+    try:
+        import torch
+        from torch.utils.cpp_extension import BuildExtension, CppExtension
 
-    TORCH = str(torch.__version__)
-    NO_TORCH = ""
-except Exception as error:  # a broken torch raises OSError and worse, and must not stop an install
-    BuildExtension = build_ext
-    TORCH = None
-    NO_TORCH = str(error) if BUILD == "0" else f"torch does not import here ({error})"
+        TORCH = str(torch.__version__)
+    except ModuleNotFoundError as error:
+        # pip builds in an environment of its own, and torch is too large to be asked for there.
+        NO_TORCH = f"{error} where it builds (pip install --no-build-isolation .)"
+    except Exception as error:  # a broken torch raises OSError and worse; an install survives it
+        NO_TORCH = f"torch does not import ({error})"
 
 
 class CannotBuildError(Exception):
