@@ -58,6 +58,9 @@ class TrainConfig:
     lr_decay: float = _setting(0.5, "recipe", "what it is multiplied by then")
     momentum: float = _setting(0.9, "recipe", "momentum of SGD")
     weight_decay: float = _setting(2e-4, "recipe", "weight decay of SGD")
+    clip_norm: float = _setting(
+        0.0, "recipe", "largest norm of the gradient; 0 leaves it alone, as the paper does"
+    )
     alpha: float = _setting(2.0, "recipe", "weight of the contrastive loss (Eq. 9)")
     margin: float = _setting(0.5, "recipe", "beta of Eq. 8")
     seed: int = _setting(0, "recipe", "seed of weights, sampling and augmentation")
@@ -84,7 +87,7 @@ class TrainConfig:
             "lr_step", "eval_every", "eval_batch_size",
         ):  # fmt: skip
             self._require(name, getattr(self, name) >= 1, "at least 1")
-        for name in ("workers", "seed", "weight_decay", "alpha"):
+        for name in ("workers", "seed", "weight_decay", "clip_norm", "alpha"):
             self._require(name, getattr(self, name) >= 0, "0 or more")
         for name in ("lr", "lr_decay", "margin"):
             self._require(name, getattr(self, name) > 0, "above 0")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -43,11 +44,14 @@ def build_model(
     Args:
         method: a key of :data:`METHODS`.
         num_classes, backbone, pretrained: as for :class:`Classifier`.
-        options: what the method takes beside them (``pooled``, ``embedding_dim``, ...).
+        options: ``pooled``, ``embedding_dim``, ``backend``: those that the method has are passed
+            to it, the others left out, so that every method runs under one recipe.
 
     Raises:
         ValueError: for an unknown method; as :class:`Classifier` otherwise.
     """
     if method not in METHODS:
         raise ValueError(f"method: expected one of {', '.join(METHODS)}, found {method!r}")
-    return METHODS[method](num_classes, backbone, pretrained, **options)
+    accepted = inspect.signature(METHODS[method]).parameters
+    chosen = {name: value for name, value in options.items() if name in accepted}
+    return METHODS[method](num_classes, backbone, pretrained, **chosen)

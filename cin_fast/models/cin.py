@@ -68,6 +68,9 @@ class SCICont(SCINet):
             num_classes, backbone, pretrained, pooled=pooled, scale=scale, backend=backend
         )
         self.h = nn.Linear(self.backbone.channels, embedding_dim)
+        # Distances start well inside the margin: torch's own initialisation starts them far
+        # beyond it, and the features collapse before the classifier can use them.
+        nn.init.normal_(self.h.weight, std=1e-3)
 
     def forward(self, images: Tensor, partner: Tensor | None = None) -> Any:
         """Logits (B, num_classes); with ``partner`` (int64, an involution) also embeddings.

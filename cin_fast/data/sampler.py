@@ -1,0 +1,140 @@
+"""Batches of P classes x K images, split at random into pairs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch.utils.data import Sampler
+
+
+class ClassBalancedPairSampler(Sampler[list[int]]):
+    """Batches of ``classes_per_batch`` classes x ``images_per_class`` images, as the paper's.
+
+    Positions (0, 1), (2, 3), ... of a batch are its pairs, drawn at random over the whole batch,
+    so that both kinds of pair arise. An epoch covers the training set: every image of a class is
+    dealt out in groups of K; where a class's count is no multiple of K, the last group is filled
+    up with other images of the class (with repetitions only if the class has fewer than K).
+    A class stands once in a batch; where fewer than P classes have groups left, further groups of
+    other classes fill it.
+
+    Args:
+        labels: the label of every image.
+        classes_per_batch: P.
+        images_per_class: K.
+        seed: with the epoch, decides everything.
+        rank, world_size: each process takes whole batches, the same number each.
+
+    Raises:
+        ValueError: if P x K is odd, or there are fewer than P classes.
+    """
+
+    def __init__(
+        self,
+        labels: Sequence[int],
+        classes_per_batch: int = 4,
+        images_per_class: int = 5,
+        *,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        if classes_per_batch < 1 or images_per_class < 1:
+            raise ValueError(
+                f"expected at least one class and image a batch, found {classes_per_batch} x "
+                f"{images_per_class}"
+            )
+        if classes_per_batch * images_per_class % 2:
+            raise ValueError(
+                f"a batch of {classes_per_batch} classes x {images_per_class} images is odd and "
+                "cannot be split into pairs"
+            )
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank: expected 0 to {world_size - 1}, found {rank}")
+        self.labels = tuple(labels)
+        self.by_class: dict[int, list[int]] = {}
+        for index, label in enumerate(self.labels):
+            self.by_class.setdefault(label, []).append(index)
+        if len(self.by_class) < classes_per_batch:
+            raise ValueError(
+                f"classes per batch: {classes_per_batch} were asked for, but the dataset has "
+                f"images of {len(self.by_class)} classes"
+            )
+        self.classes_per_batch = classes_per_batch
+        self.images_per_class = images_per_class
+        self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
+        self.epoch = 0
+        groups = [math.ceil(len(images) / images_per_class) for images in self.by_class.values()]
+        # A class stands once in a batch, so the largest class can need more batches than the sum.
+        batches = max(math.ceil(sum(groups) / classes_per_batch), max(groups))
+        self.batches = math.ceil(batches / world_size)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch that the next iteration gives."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.batches
+
+    def __iter__(self) -> Iterator[list[int]]:
+        generator = torch.Generator()
+        generator.manual_seed(self.seed * 1_000_003 + self.epoch)
+        groups = {
+            label: self._groups(images, generator) for label, images in self.by_class.items()
+        }
+        steps = self.batches * self.world_size
+        for step in range(steps):
+            batch = self._batch(groups, steps - step, generator)
+            if step % self.world_size == self.rank:
+                yield batch
+
+    def pair_counts(self, indices: Sequence[int]) -> tuple[int, int]:
+        """How many positive and negative pairs a batch holds."""
+        pairs = zip(indices[::2], indices[1::2], strict=True)
+        positives = sum(self.labels[a] == self.labels[b] for a, b in pairs)
+        return positives, len(indices) // 2 - positives
+
+    def _groups(self, images: list[int], generator: torch.Generator) -> list[list[int]]:
+        """All images of a class in random groups of K."""
+        order = _shuffled(images, generator)
+        k = self.images_per_class
+        groups = [order[start : start + k] for start in range(0, len(order), k)]
+        short = k - len(groups[-1])
+        others = _shuffled([i for i in images if i not in set(groups[-1])] or images, generator)
+        while short > 0:
+            groups[-1] += others[:short]
+            short = k - len(groups[-1])
+        return groups
+
+    def _batch(
+        self, groups: dict[int, list[list[int]]], steps_left: int, generator: torch.Generator
+    ) -> list[int]:
+        batch: list[int] = []
+        for label in self._choose(groups, steps_left, generator):
+            if groups[label]:
+                batch += groups[label].pop()
+            else:
+                batch += self._groups(self.by_class[label], generator)[0]
+        return _shuffled(batch, generator)
+
+    def _choose(
+        self, groups: dict[int, list[list[int]]], steps_left: int, generator: torch.Generator
+    ) -> list[int]:
+        """P classes, likelier the more groups they have left; those that must go now go first."""
+        urgent = [label for label, left in groups.items() if len(left) >= steps_left]
+        rest = [label for label in groups if label not in set(urgent)]
+        wanted = self.classes_per_batch - len(urgent)
+        if wanted == 0:
+            return urgent
+        left = torch.tensor([float(len(groups[label])) for label in rest])
+        # Classes with nothing left come after all the others.
+        keys = torch.rand(len(rest), generator=generator).clamp(min=1e-12).log() / left
+        order = torch.where(left > 0, keys, -torch.inf).argsort(descending=True)
+        return urgent + [rest[i] for i in order[:wanted].tolist()]
+
+
+def _shuffled(items: list[int], generator: torch.Generator) -> list[int]:
+    return [items[i] for i in torch.randperm(len(items), generator=generator).tolist()]

@@ -1,0 +1,74 @@
+"""Which backend runs, and what is said of those that cannot."""
+
+import pytest
+import torch
+
+import cin_fast
+from cin_fast import dispatch
+from cin_fast.info import report
+
+
+@pytest.fixture
+def x():
+    return torch.zeros(1, 2, 3)
+
+
+def test_reference_runs_anywhere(x):
+    for t in (x, x.double(), torch.zeros(1, 2, 3, device="meta")):
+        assert dispatch.why_not(t, "reference") == ""
+
+
+def test_float64_is_for_the_reference(x, monkeypatch):
+    monkeypatch.delenv("CIN_FAST_BACKEND", raising=False)
+    assert dispatch.choose(x.double()) == "reference"
+    assert "found torch.float64" in dispatch.why_not(x.double(), "cpu")
+
+
+def test_cpu_kernels_are_the_default_where_they_are_built(x, monkeypatch):
+    monkeypatch.delenv("CIN_FAST_BACKEND", raising=False)
+    expected = "reference" if dispatch.unavailable("cpu") else "cpu"
+    assert dispatch.choose(x) == expected
+
+
+def test_the_environment_overrides(x, monkeypatch):
+    monkeypatch.setenv("CIN_FAST_BACKEND", "reference")
+    assert dispatch.choose(x) == "reference"
+    monkeypatch.setenv("CIN_FAST_BACKEND", "cuda")
+    with pytest.raises(ValueError, match="backend: 'cuda' cannot run here: it runs on cuda"):
+        dispatch.choose(x)
+
+
+def test_a_backend_named_explicitly_raises_with_the_reason(x):
+    with pytest.raises(ValueError, match="backend: 'cuda' cannot run here: it runs on cuda tensors"):
+        cin_fast.sci(x, backend="cuda")
+    with pytest.raises(ValueError, match="backend: expected one of .*, found 'tpu'"):
+        cin_fast.sci(x, backend="tpu")
+
+
+def test_an_extension_for_another_torch_is_refused(monkeypatch):
+    if dispatch.importlib.util.find_spec("cin_fast._cpu") is None:
+        pytest.skip("the C++ extension is not built")
+    monkeypatch.setattr(dispatch, "_build_record", lambda: {"torch": "1.0.0"})
+    reason = dispatch._load_extension("_cpu")
+    assert "built for torch 1.0.0" in reason
+
+
+def test_a_missing_extension_says_how_to_build_it(monkeypatch):
+    monkeypatch.setattr(dispatch, "_build_record", dict)
+    monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda name: None)
+    assert "python setup.py build_ext --inplace" in dispatch._load_extension("_cpu")
+
+
+def test_why_it_was_not_built_is_repeated(monkeypatch):
+    record = {"torch": torch.__version__, "reasons": {"cpu": "no C++ compiler"}}
+    monkeypatch.setattr(dispatch, "_build_record", lambda: record)
+    monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda name: None)
+    assert dispatch._load_extension("_cpu") == "cin_fast._cpu was not built: no C++ compiler"
+
+
+def test_info_names_every_backend():
+    text = report()
+    for backend in dispatch.BACKENDS:
+        assert any(line.startswith(backend) for line in text.splitlines())
+    if not torch.cuda.is_available():
+        assert "off: no CUDA device is visible" in text

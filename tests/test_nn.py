@@ -1,0 +1,178 @@
+"""SCI, CCI and ChannelAttention as modules: dense and pooled form are equal, in any network."""
+
+import pytest
+import torch
+from torch import nn
+
+import cin_fast
+from cin_fast.nn import CCI, SCI, ChannelAttention, mean_of_conv
+from cin_fast.reference import tap_rectangles
+from cin_fast.testing import make_input
+
+MAPS = [(14, 14), (7, 7), (1, 1), (5, 9), (1, 6), (4, 1), (2, 2)]
+
+
+def relative(actual, expected):
+    return ((actual - expected).norm() / expected.norm().clamp(min=1e-30)).item()
+
+
+def make_map(height, width, channels=6, batch=4, dtype=torch.float32):
+    return make_input("relu", (batch, channels, height, width), dtype)
+
+
+@pytest.mark.parametrize(("height", "width"), MAPS)
+def test_mean_of_conv_is_the_mean_of_the_convolution(height, width):
+    x = make_map(height, width, dtype=torch.float64) + 1
+    phi = nn.Conv2d(6, 5, 3, padding=1).double()
+    torch.testing.assert_close(
+        mean_of_conv(phi, cin_fast.tap_means(x)), phi(x).mean(dim=(2, 3)), rtol=1e-12, atol=1e-12
+    )
+
+
+def test_tap_means_by_hand():
+    x = torch.tensor([[[[1.0, 2.0], [4.0, 8.0]]]])
+    # Weight [0, 0] reads up and to the left: it never sees the last row or column.
+    expected = torch.tensor([[[1.0, 3, 2, 5, 15, 10, 4, 12, 8]]]) / 4
+    torch.testing.assert_close(cin_fast.tap_means(x), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("height", "width"), MAPS)
+def test_tap_means_against_float64(dtype, height, width):
+    x = make_map(height, width, dtype=dtype).requires_grad_()
+    v = cin_fast.tap_means(x)
+    u = tap_rectangles(height, width, device=x.device, dtype=torch.float64)
+    exact = x.detach().double().flatten(2) @ u
+    rounding = {"rtol": torch.finfo(dtype).eps, "atol": 1e-6}
+    torch.testing.assert_close(v.double(), exact, **rounding)
+    dv = make_input("randn", v.shape, dtype)
+    (dx,) = torch.autograd.grad(v, x, dv)
+    exact_dx = (dv.double() @ u.mT).unflatten(-1, (height, width))
+    torch.testing.assert_close(dx.double(), exact_dx, **rounding)
+
+
+def test_tap_means_opcheck():
+    x = make_map(3, 4).requires_grad_()
+    torch.library.opcheck(torch.ops.cin_fast.reference_tap_means, (x,))
+    torch.library.opcheck(torch.ops.cin_fast.cpu_tap_means, (x,))
+
+
+def test_tap_means_of_an_empty_batch():
+    assert cin_fast.tap_means(torch.zeros(0, 3, 2, 2)).shape == (0, 3, 9)
+
+
+def pooled_and_dense(module, dense_mean, pooled, x, *more):
+    """Values and every gradient of both forms under one random upstream gradient."""
+    upstream = make_input("randn", x.shape[:2], x.dtype, seed=3)
+    found = []
+    for form in (dense_mean, pooled):
+        leaf = x.detach().requires_grad_()
+        value = form(leaf, *more)
+        leaves = [leaf, *module.parameters()]
+        found.append([value, *torch.autograd.grad(value, leaves, upstream)])
+    return zip(*found, strict=True)
+
+
+@pytest.mark.parametrize(("height", "width"), MAPS)
+def test_sci_dense_and_pooled_are_equal(height, width):
+    module = SCI(6)
+    x = make_map(height, width)
+    for dense, pooled in pooled_and_dense(
+        module, lambda x: module(x).mean(dim=(2, 3)), lambda x: module.pooled(x).z_BC, x
+    ):
+        assert relative(pooled, dense) < 1e-5
+
+
+@pytest.mark.parametrize(("height", "width"), MAPS)
+def test_cci_dense_and_pooled_are_equal(height, width):
+    module = CCI(6)
+    x, partner = make_map(height, width), torch.tensor([2, 1, 0, 3])
+    for dense, pooled in pooled_and_dense(
+        module, lambda x: module(x, partner).mean(dim=(2, 3)), lambda x: module.pooled(x, partner), x
+    ):
+        assert relative(pooled, dense) < 1e-5
+
+
+def test_sci_is_equation_3():
+    module, x = SCI(6).double(), make_map(4, 5, dtype=torch.float64)
+    y = torch.softmax(-x.flatten(2) @ x.flatten(2).mT, -1) @ x.flatten(2)
+    torch.testing.assert_close(module(x), module.phi(y.view_as(x)) + x)
+
+
+def test_sci_pooled_returns_the_means_of_y():
+    module, x = SCI(6), make_map(4, 5)
+    torch.testing.assert_close(module.pooled(x).y_BC, cin_fast.sci(x).mean(dim=(2, 3)))
+
+
+def test_eta_reads_the_pair_in_order():
+    """eta = psi([Y_A, Y_B]) and gamma = psi([Y_B, Y_A]): one psi for both directions."""
+    module = CCI(3)
+    y = torch.tensor([[1.0, 2, 3], [4, 5, 6]])
+    with torch.no_grad():
+        module.psi.weight.copy_(torch.tensor([[1.0, 0, 0, 0, 0, 10]]))
+        module.psi.bias.fill_(0.5)
+    expected = torch.tensor([1 + 60 + 0.5, 4 + 30 + 0.5])
+    torch.testing.assert_close(module.eta(y, torch.tensor([1, 0])), expected)
+
+
+def test_eta_is_made_from_y_and_not_from_phi_of_y():
+    module, x = CCI(6), make_map(4, 5)
+    partner = torch.tensor([1, 0, 3, 2])
+    y = cin_fast.sci(x).mean(dim=(2, 3))
+    eta = module.eta(y, partner)
+    expected = module.phi(cin_fast.cci(x, partner, eta)) + x
+    torch.testing.assert_close(module(x, partner), expected)
+
+
+def test_cci_accepts_what_sci_has_computed():
+    sci, x = SCI(6), make_map(4, 5)
+    cci, partner = CCI(6, phi=sci.phi), torch.tensor([1, 0, 3, 2])
+    means = sci.pooled(x)
+    torch.testing.assert_close(cci.pooled(x, partner, means), cci.pooled(x, partner))
+    torch.testing.assert_close(cci(x, partner, means.y_BC), cci(x, partner))
+
+
+def test_channel_attention_is_danets():
+    class CamModule(nn.Module):
+        """DANet's own arithmetic."""
+
+        def __init__(self):
+            super().__init__()
+            self.gamma = nn.Parameter(torch.zeros(1))
+
+        def forward(self, x):
+            query = x.view(*x.shape[:2], -1)
+            energy = query @ query.mT
+            energy = energy.max(-1, keepdim=True)[0].expand_as(energy) - energy
+            return self.gamma * (torch.softmax(energy, -1) @ query).view_as(x) + x
+
+    ours, danets, x = ChannelAttention(), CamModule(), make_map(5, 4)
+    assert torch.equal(ours(x), x)
+    danets.load_state_dict(ours.state_dict())
+    for module in (ours, danets):
+        nn.init.constant_(module.gamma, 0.7)
+    torch.testing.assert_close(ours(x), danets(x))
+
+
+def test_in_somebody_elses_network():
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), ChannelAttention(), nn.ReLU(), SCI(8), nn.Flatten())
+    net(torch.randn(2, 3, 9, 7)).sum().backward()
+    assert all(p.grad is not None for p in net.parameters())
+
+
+def test_scale_is_the_modules():
+    x, module = make_map(3, 3), ChannelAttention(scale=1.0)
+    nn.init.ones_(module.gamma)
+    torch.testing.assert_close(module(x), cin_fast.sci(x, scale=1.0) + x)
+    assert not torch.allclose(module(x), cin_fast.sci(x) + x)
+
+
+@pytest.mark.parametrize("module", [SCI(6), ChannelAttention()])
+def test_a_map_is_asked_for(module):
+    with pytest.raises(ValueError, match=r"x: expected a map \(B, C, H, W\)"):
+        module(torch.zeros(2, 6, 9))
+
+
+def test_the_number_of_channels_is_checked():
+    with pytest.raises(ValueError, match="x: expected 6 channels, found 5"):
+        SCI(6)(torch.zeros(1, 5, 2, 2))

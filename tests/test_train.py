@@ -1,0 +1,261 @@
+"""cin-fast-train as a user meets it: a run, its folder, resuming, and what it refuses."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from cin_fast import checkpoint as checkpoints
+from cin_fast import config as configs
+from cin_fast import train as training
+from cin_fast.distributed import World
+from cin_fast.train import Trainer, main, train
+
+SMALL = {
+    "--dataset": "folder",
+    "--image-size": "32",
+    "--backbone": "resnet18",
+    "--weights": "none",
+    "--classes-per-batch": "2",
+    "--images-per-class": "2",
+    "--workers": "0",
+    "--embedding-dim": "8",
+    "--device": "cpu",
+}
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """A folder dataset: three colours, eight training and four test pictures each."""
+    from PIL import Image
+
+    root = tmp_path_factory.mktemp("colours")
+    for split, count in (("train", 8), ("test", 4)):
+        for label, colour in enumerate(["red", "green", "blue"]):
+            folder = root / split / colour
+            folder.mkdir(parents=True)
+            for number in range(count):
+                shade = [20 + 9 * number + len(split)] * 3
+                shade[label] = 255 - 9 * number
+                Image.new("RGB", (40, 36), tuple(shade)).save(folder / f"{number}.png")
+    return root
+
+
+def arguments(images, output, **changes):
+    options = {**SMALL, "--data-root": str(images), "--output": str(output)}
+    options |= {"--" + name.replace("_", "-"): str(value) for name, value in changes.items()}
+    return [part for option in options.items() for part in option]
+
+
+def weights(folder):
+    return checkpoints.load(Path(folder) / "last.pt").model
+
+
+def same(a, b):
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_run_leaves_everything_in_its_folder(images, tmp_path, capsys):
+    assert main(arguments(images, tmp_path / "run", epochs=2)) == 0
+    folder = tmp_path / "run"
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics["epochs"] == 2
+    assert metrics["num_classes"] == 3
+    assert 0 <= metrics["test_top1"] <= metrics["best_test_top1"] <= 1
+    assert "optimistic" in metrics["best_test_top1_note"]
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [1, 2]
+    # 6 batches of 4: every image once, 12 pairs an epoch.
+    assert all(line["positive_pairs"] + line["negative_pairs"] == 12 for line in lines)
+    assert all(line["positive_pairs"] > 0 < line["negative_pairs"] for line in lines)
+    environment = json.loads((folder / "environment.json").read_text())
+    assert {"torch", "git commit", "command", "device"} <= set(environment)
+    assert json.loads((folder / "settings.json").read_text())["image_size"] == 32
+    assert list((folder / "tensorboard").iterdir())
+    state = checkpoints.load(folder / "last.pt")
+    assert {"h.weight", "cci.psi.weight", "sci.phi.weight"} <= set(state.model)
+    digest, name = (folder / "last.pt.sha256").read_text().split()
+    assert (digest, name) == (checkpoints.file_hash(folder / "last.pt"), "last.pt")
+    out = capsys.readouterr().out
+    assert "lr                0.001" in out
+    assert "chance 33.33%" in out
+
+
+def test_the_loss_falls(images, tmp_path):
+    train(configs.parse(arguments(images, tmp_path, epochs=4, method="plain", lr=0.002)))
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["loss"] < lines[0]["loss"]
+
+
+def test_the_same_seed_gives_the_same_bits_whatever_loads_the_images(images, tmp_path):
+    for name, workers in (("one", 0), ("two", 2)):
+        train(configs.parse(arguments(images, tmp_path / name, epochs=1, workers=workers)))
+    assert same(weights(tmp_path / "one"), weights(tmp_path / "two"))
+    train(configs.parse(arguments(images, tmp_path / "three", epochs=1, seed=1)))
+    assert not same(weights(tmp_path / "one"), weights(tmp_path / "three"))
+
+
+@pytest.fixture(scope="module")
+def four_epochs(images, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("four")
+    train(configs.parse(arguments(images, folder, epochs=4, lr_step=2)))
+    return folder
+
+
+def test_two_and_two_epochs_are_four_to_the_bit(images, four_epochs, tmp_path):
+    train(configs.parse(arguments(images, tmp_path, epochs=2, lr_step=2)))
+    assert main(["--output", str(tmp_path), "--resume", "--epochs", "4"]) == 0
+    assert same(weights(tmp_path), weights(four_epochs))
+    epochs = [json.loads(s)["epoch"] for s in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert epochs == [1, 2, 3, 4]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("moment", [1, 2])
+def test_a_killed_run_goes_on_to_the_same_bits(images, four_epochs, tmp_path, stop, moment):
+    command = [sys.executable, "-m", "cin_fast.train"]
+    command += arguments(images, tmp_path, epochs=4, lr_step=2)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    lines = tmp_path / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not lines.exists() or len(lines.read_text().splitlines()) < moment:
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(stop)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode != 0
+    if stop == signal.SIGTERM:
+        assert "--resume goes on" in error
+        assert "Traceback" not in error
+    checkpoints.load(tmp_path / "last.pt")
+    assert main(["--output", str(tmp_path), "--resume"]) == 0
+    assert same(weights(tmp_path), weights(four_epochs))
+
+
+def refusal(capsys, argv):
+    code = main(argv)
+    error = capsys.readouterr().err
+    assert code == 2
+    assert error.count("\n") == 1, error
+    return error
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"classes_per_batch": 4}, "4"),
+        ({"image_size": 16}, "smaller than the stride of resnet18 (32)"),
+        ({"weights": "/nowhere/w.pt"}, "no file /nowhere/w.pt"),
+        ({"data_root": "/nowhere"}, "/nowhere"),
+        ({"dataset": "cub", "data_root": "/nowhere"}, "/nowhere"),
+        ({"device": "cuda:9"}, "--device"),
+        ({"device": "tpu9"}, "--device: expected auto, cpu, cuda"),
+        ({"backbone": "resnet19"}, "resnet19"),
+        ({"backend": "cuda"}, "'cuda' cannot run here"),
+    ],
+)
+def test_what_cannot_work_is_refused_in_one_line(images, tmp_path, capsys, changes, message):
+    assert message in refusal(capsys, arguments(images, tmp_path, epochs=1, **changes))
+    assert not (tmp_path / "last.pt").exists()
+
+
+def test_a_run_is_not_overwritten_unasked(images, tmp_path, capsys):
+    argv = arguments(images, tmp_path, epochs=1)
+    assert main(argv) == 0
+    assert "already holds a run" in refusal(capsys, argv)
+    assert main([*argv, "--overwrite"]) == 0
+
+
+def test_resume_refuses_other_settings_and_broken_files(images, tmp_path, capsys):
+    argv = arguments(images, tmp_path, epochs=1)
+    assert "no checkpoint" in refusal(capsys, [*argv, "--resume"])
+    assert main(argv) == 0
+    other = arguments(images, tmp_path, epochs=2, lr=0.5)
+    assert "lr = 0.001, not 0.5" in refusal(capsys, [*other, "--resume"])
+    path = tmp_path / "last.pt"
+    path.write_bytes(path.read_bytes()[:-1000])
+    error = refusal(capsys, [*argv, "--resume"])
+    assert "is damaged" in error
+    assert "hash differs" in error
+
+
+def test_an_unwritable_output_is_refused(images, tmp_path, capsys):
+    file = tmp_path / "file"
+    file.write_text("")
+    assert "cannot be written" in refusal(capsys, arguments(images, file / "run", epochs=1))
+
+
+def test_a_loss_that_is_no_number_stops_with_the_files(images, tmp_path, capsys):
+    code = main(arguments(images, tmp_path, epochs=3, lr=1e12))
+    error = capsys.readouterr().err
+    assert code == 2
+    assert "the loss became" in error
+    assert str(images / "train") in error
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(images, tmp_path, capsys, monkeypatch):
+    assert main(arguments(images, tmp_path, epochs=1)) == 0
+    before = checkpoints.file_hash(tmp_path / "last.pt")
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    error = refusal(capsys, ["--output", str(tmp_path), "--resume", "--epochs", "2"])
+    assert "No space left on device" in error
+    assert "the one before it is intact" in error
+    assert checkpoints.file_hash(tmp_path / "last.pt") == before
+
+
+def test_a_bad_image_is_named_or_skipped(images, tmp_path, capsys):
+    import shutil
+
+    root = tmp_path / "data"
+    shutil.copytree(images, root)
+    broken = root / "train" / "red" / "3.png"
+    broken.write_bytes(broken.read_bytes()[:60])
+    argv = arguments(root, tmp_path / "run", epochs=1, workers=1)
+    error = refusal(capsys, argv)
+    assert str(broken) in error
+    assert "--skip-bad-images" in error
+    assert main([*argv, "--skip-bad-images", "--overwrite"]) == 0
+    assert str(broken) in capsys.readouterr().out
+
+
+def test_a_worker_that_dies_is_one_line(images, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(
+        training.ImageDataset, "__getitem__", lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+    )
+    error = refusal(capsys, arguments(images, tmp_path, epochs=1, workers=1))
+    assert "a process that loads images died" in error
+
+
+@pytest.mark.parametrize("method", ["plain", "sci-cont"])
+def test_other_methods_train(images, tmp_path, method):
+    metrics = train(configs.parse(arguments(images, tmp_path, epochs=1, method=method)))
+    assert metrics["method"] == method
+
+
+def test_bf16_autocast_and_compile_settings_train(images, tmp_path):
+    metrics = train(configs.parse(arguments(images, tmp_path, epochs=1, amp="bf16")))
+    assert metrics["epochs"] == 1
+
+
+def test_a_profile_is_written(images, tmp_path):
+    argv = [*arguments(images, tmp_path, epochs=2), "--profile"]
+    assert main(argv) == 0
+    assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+
+
+def test_the_model_takes_the_default_backend(images, tmp_path):
+    config = configs.parse(arguments(images, tmp_path, epochs=1))
+    trainer = Trainer(config, World(0, 1, 0))
+    assert trainer.model.sci.backend is None
