@@ -14,6 +14,7 @@ import importlib.util
 import json
 import os
 from collections.abc import Callable
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -124,7 +125,8 @@ def _load_triton() -> str:
 def _load_extension(name: str) -> str:
     fix = "python setup.py build_ext --inplace"
     record = _build_record()
-    found = importlib.util.find_spec(f"cin_fast.{name}")
+    # Beside this file and nowhere else: an editable install would offer another checkout's.
+    found = PathFinder.find_spec(f"cin_fast.{name}", [str(Path(__file__).parent)])
     if found is None or found.origin is None:
         reason = record.get("reasons", {}).get("cpu" if name == "_cpu" else "cuda", "")
         if reason:
