@@ -2,34 +2,26 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
 from pathlib import Path
 
-from cin_fast.data.base import DataError, Entry, ImageDataset
-from cin_fast.data.cub import read_cub
-from cin_fast.data.folder import read_folder
+from cin_fast.data.base import DataError, ImageDataset
+from cin_fast.data.catalog import SOURCES, find
 from cin_fast.data.sampler import ClassBalancedPairSampler
 from cin_fast.data.synthetic import SyntheticBirds
 from cin_fast.data.transforms import image_transform, resized_side
 
-__all__ = ["ClassBalancedPairSampler", "DataError", "ImageDataset", "build_dataset", "dataset_names"]
-
-_READERS: dict[str, Callable[..., tuple[list[Entry], list[str]]]] = {
-    "cub": read_cub,
-    "folder": read_folder,
-}
-_USUAL_FOLDERS = {"cub": "CUB_200_2011", "folder": "."}
-_HOW_TO_GET = {
-    "cub": "CUB-200-2011 comes from the Caltech data archive (DOI 10.22002/D1.20098): unpack "
-    "CUB_200_2011.tgz and give its folder",
-    "folder": "give a folder with train/ and test/, each with a folder of images per class",
-}
+__all__ = [
+    "ClassBalancedPairSampler",
+    "DataError",
+    "ImageDataset",
+    "build_dataset",
+    "dataset_names",
+]
 
 
 def dataset_names() -> tuple[str, ...]:
     """What ``--dataset`` takes."""
-    return (*_READERS, "synthetic")
+    return (*SOURCES, "synthetic")
 
 
 def build_dataset(
@@ -45,10 +37,12 @@ def build_dataset(
 
     Args:
         name: one of :func:`dataset_names`.
-        root: its folder; None looks in $CIN_FAST_DATA, then ./data. ``synthetic`` needs none.
+        root: its folder, or the one that its archive was unpacked in; None looks in
+            $CIN_FAST_DATA, then ./data. ``synthetic`` needs none.
         train: the training split with its random crops and flips, or the test split.
         image_size: side of the crops in pixels.
-        skip_bad_images: leave out what cannot be read, instead of failing when it is met.
+        skip_bad_images: decode every image now and leave out what cannot be read, instead of
+            failing when it is met.
         seed: of the synthetic drawings.
 
     Raises:
@@ -58,37 +52,25 @@ def build_dataset(
     transform = image_transform(image_size, train=train)
     if name == "synthetic":
         return SyntheticBirds(transform, train=train, size=resized_side(image_size), seed=seed)
-    if name not in _READERS:
+    if name not in SOURCES:
         raise ValueError(f"dataset: expected one of {', '.join(dataset_names())}, found {name!r}")
-    folder = _find(name, root)
-    entries, classes = _READERS[name](folder, train=train)
-    _check(entries, classes, folder, train)
-    return ImageDataset(entries, classes, transform, skip_bad_images=skip_bad_images)
+    folder = find(name, root)
+    entries, classes = SOURCES[name].read(folder, train=train)
+    dataset = ImageDataset(entries, classes, transform, skip_bad_images=skip_bad_images)
+    _check_classes(dataset, folder, train)
+    return dataset
 
 
-def _find(name: str, root: Path | None) -> Path:
-    default = Path(os.environ.get("CIN_FAST_DATA", "data"))
-    places = [root or default]
-    places.append(places[0] / _USUAL_FOLDERS[name])
-    marks = ("classes.txt", "images.txt") if name == "cub" else ("train", "test")
-    for place in places:
-        if any((place / mark).exists() for mark in marks):
-            return place
-    looked = " and ".join(dict.fromkeys(str(place) for place in places))
-    raise DataError(f"no {name} data in {looked}: {_HOW_TO_GET[name]} (--data-root)")
-
-
-def _check(entries: list[Entry], classes: list[str], root: Path, train: bool) -> None:
+def _check_classes(dataset: ImageDataset, folder: Path, train: bool) -> None:
     split = "training" if train else "test"
-    present = {entry.label for entry in entries}
-    if not entries:
-        raise DataError(f"{root} has no {split} image")
-    empty = [name for label, name in enumerate(classes) if label not in present]
+    bad = f" that can be read ({len(dataset.skipped)} skipped)" if dataset.skipped else ""
+    if not dataset.labels:
+        raise DataError(f"{folder} has no {split} image{bad}: it needs both splits")
+    present = set(dataset.labels)
+    empty = [name for label, name in enumerate(dataset.classes) if label not in present]
+    # A class without test images only goes unmeasured.
     if train and empty:
-        raise DataError(f"{root}: class {empty[0]} has no training image ({len(empty)} such)")
-    missing = [entry.path for entry in entries if not entry.path.is_file()]
-    if missing:
         raise DataError(
-            f"{missing[0]} is missing ({len(missing)} of {len(entries)} {split} images are): "
-            "unpack the archive again"
+            f"{folder}: class {empty[0]} has no training image{bad}; {len(empty)} of "
+            f"{len(dataset.classes)} classes have none: add some, or take the class out"
         )
