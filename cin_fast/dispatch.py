@@ -125,9 +125,8 @@ def _load_triton() -> str:
 def _load_extension(name: str) -> str:
     fix = "python setup.py build_ext --inplace"
     record = _build_record()
-    # Beside this file and nowhere else: an editable install would offer another checkout's.
-    found = PathFinder.find_spec(f"cin_fast.{name}", [str(Path(__file__).parent)])
-    if found is None or found.origin is None:
+    library = _library(name)
+    if library is None:
         reason = record.get("reasons", {}).get("cpu" if name == "_cpu" else "cuda", "")
         if reason:
             return f"cin_fast.{name} was not built: {reason}"
@@ -139,7 +138,7 @@ def _load_extension(name: str) -> str:
         return f"cin_fast.{name} was built for torch {built_with}, this is {torch.__version__}"
     try:
         # The extensions hold operators and no Python, so any interpreter can load them.
-        torch.ops.load_library(found.origin)
+        torch.ops.load_library(library)
     except (ImportError, OSError) as error:
         return f"cin_fast.{name} did not load: {error}"
     backend, key = ("cpu", "CPU") if name == "_cpu" else ("cuda", "CUDA")
@@ -147,6 +146,12 @@ def _load_extension(name: str) -> str:
         if not torch._C._dispatch_has_kernel_for_dispatch_key(f"cin_fast::{backend}_{stem}", key):
             return f"cin_fast.{name} holds no {stem}: build it again ({fix})"
     return ""
+
+
+def _library(name: str) -> str | None:
+    # Beside this file and nowhere else: an editable install would offer another checkout's.
+    found = PathFinder.find_spec(f"cin_fast.{name}", [str(Path(__file__).parent)])
+    return found.origin if found else None
 
 
 def _build_record() -> dict[str, Any]:

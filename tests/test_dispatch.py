@@ -39,14 +39,16 @@ def test_the_environment_overrides(x, monkeypatch):
 
 
 def test_a_backend_named_explicitly_raises_with_the_reason(x):
-    with pytest.raises(ValueError, match="backend: 'cuda' cannot run here: it runs on cuda tensors"):
+    with pytest.raises(
+        ValueError, match="backend: 'cuda' cannot run here: it runs on cuda tensors"
+    ):
         cin_fast.sci(x, backend="cuda")
-    with pytest.raises(ValueError, match="backend: expected one of .*, found 'tpu'"):
+    with pytest.raises(ValueError, match=r"backend: expected one of .*, found 'tpu'"):
         cin_fast.sci(x, backend="tpu")
 
 
 def test_an_extension_for_another_torch_is_refused(monkeypatch):
-    if dispatch.importlib.util.find_spec("cin_fast._cpu") is None:
+    if dispatch._library("_cpu") is None:
         pytest.skip("the C++ extension is not built")
     monkeypatch.setattr(dispatch, "_build_record", lambda: {"torch": "1.0.0"})
     reason = dispatch._load_extension("_cpu")
@@ -55,14 +57,14 @@ def test_an_extension_for_another_torch_is_refused(monkeypatch):
 
 def test_a_missing_extension_says_how_to_build_it(monkeypatch):
     monkeypatch.setattr(dispatch, "_build_record", dict)
-    monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(dispatch, "_library", lambda name: None)
     assert "python setup.py build_ext --inplace" in dispatch._load_extension("_cpu")
 
 
 def test_why_it_was_not_built_is_repeated(monkeypatch):
     record = {"torch": torch.__version__, "reasons": {"cpu": "no C++ compiler"}}
     monkeypatch.setattr(dispatch, "_build_record", lambda: record)
-    monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(dispatch, "_library", lambda name: None)
     assert dispatch._load_extension("_cpu") == "cin_fast._cpu was not built: no C++ compiler"
 
 
