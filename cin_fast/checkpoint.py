@@ -64,7 +64,9 @@ def save(path: Path, checkpoint: Checkpoint) -> str:
         # torch reports a full disk as a RuntimeError of its archive writer.
         beside.unlink(missing_ok=True)
         kept = "the one before it is intact" if path.exists() else "there is none before it"
-        raise CheckpointError(f"{path} could not be written ({_first_line(error)}); {kept}") from error
+        raise CheckpointError(
+            f"{path} could not be written ({_first_line(error)}); {kept}"
+        ) from error
     return digest
 
 
@@ -141,7 +143,11 @@ def _hash_verdict(path: Path) -> str:
     if not beside.is_file():
         return "no hash stands beside it"
     same = beside.read_text().split()[:1] == [file_hash(path)]
-    return "its hash agrees with the one beside it" if same else "its hash differs from the one beside it"
+    return (
+        "its hash agrees with the one beside it"
+        if same
+        else "its hash differs from the one beside it"
+    )
 
 
 def _first_line(error: BaseException) -> str:

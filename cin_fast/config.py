@@ -1,4 +1,4 @@
-"""One frozen dataclass holds every setting of a training run, with the paper's values as defaults."""
+"""One frozen dataclass holds every setting of a run, with the paper's values as defaults."""
 
 from __future__ import annotations
 
@@ -41,7 +41,9 @@ class TrainConfig:
     backbone: str = _setting(
         "resnet50", "model", "resnet18/34/50/101/152, vgg19 and its kin, or any timm name"
     )
-    weights: str = _setting("imagenet", "model", "what the backbone starts from: imagenet, none, FILE")
+    weights: str = _setting(
+        "imagenet", "model", "what the backbone starts from: imagenet, none, FILE"
+    )
     embedding_dim: int = _setting(512, "model", "r of Eq. 8: dimensions that pairs are compared in")
     pooled: bool = _setting(
         True, "model", "skip the 3x3 convolution by its identity (the same values, faster)"
@@ -66,12 +68,16 @@ class TrainConfig:
     seed: int = _setting(0, "recipe", "seed of weights, sampling and augmentation")
 
     device: str = _setting("auto", "run", "auto, cpu, cuda or cuda:N")
-    amp: str = _setting("auto", "run", "mixed precision; auto is bf16 on CUDA, none elsewhere", _AMP)
+    amp: str = _setting(
+        "auto", "run", "mixed precision; auto is bf16 on CUDA, none elsewhere", _AMP
+    )
     compile: bool = _setting(False, "run", "run the model through torch.compile")
     eval_every: int = _setting(1, "run", "epochs between evaluations; the last one always has one")
     eval_batch_size: int = _setting(32, "run", "images a batch in evaluation")
     profile: bool = _setting(False, "run", "write a torch profiler trace of a few steps")
-    output: str = _setting("", "run", "folder of the run (default: runs/DATASET-METHOD-BACKBONE-sSEED)")
+    output: str = _setting(
+        "", "run", "folder of the run (default: runs/DATASET-METHOD-BACKBONE-sSEED)"
+    )
     resume: bool = _setting(False, "run", "go on from the checkpoint in the output folder")
     overwrite: bool = _setting(False, "run", "replace a run that the output folder already holds")
 

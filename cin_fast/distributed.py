@@ -57,12 +57,10 @@ def pick_device(name: str, world: World) -> torch.device:
         return device
     if not torch.cuda.is_available():
         raise ValueError("--device: cuda was asked for, but torch sees no CUDA device")
-    if device.index is None:
-        device = torch.device("cuda", world.local_rank)
-    if device.index >= torch.cuda.device_count():
-        raise ValueError(
-            f"--device: {device} was asked for, but there are {torch.cuda.device_count()} devices"
-        )
+    index = world.local_rank if name == "cuda" else device.index
+    if index >= torch.cuda.device_count():
+        raise ValueError(f"--device: no cuda:{index} among {torch.cuda.device_count()} devices")
+    device = torch.device("cuda", index)
     torch.cuda.set_device(device)
     return device
 

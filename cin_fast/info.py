@@ -26,7 +26,8 @@ def device_name() -> str:
     """The machine in words: the GPU, or the CPU with its threads and vector capability."""
     if torch.cuda.is_available():
         return f"{torch.cuda.get_device_name()} x {torch.cuda.device_count()}"
-    return f"{cpu_name()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+    capability = torch.backends.cpu.get_cpu_capability()
+    return f"{cpu_name()}, {torch.get_num_threads()} threads, {capability}"
 
 
 def cpu_name() -> str:

@@ -16,7 +16,9 @@ def pair_distances(embeddings_BD: Tensor, partner: Tensor) -> Tensor:
 def contrastive_loss(
     embeddings_BD: Tensor, labels: Tensor, partner: Tensor, margin: float = 0.5
 ) -> Tensor:
-    """Mean over the pairs of Eq. 8: distance^2 if the labels agree, max(0, margin - distance)^2 if not.
+    """Mean over the pairs of Eq. 8 (Eq. 7).
+
+    A pair costs distance^2 if its labels agree, max(0, margin - distance)^2 if not.
 
     Args:
         embeddings_BD: h(mean Z') of every image against its partner, (B, D).

@@ -135,9 +135,7 @@ class CCI(nn.Module):
         _check_map(x, self.phi.in_channels)
         if sci_means is None:
             v_BC9 = tap_means(x)
-            y_BC1 = sci(
-                x, v_BC9[..., _CENTRE_TAP, None], scale=self.scale, backend=self.backend
-            )
+            y_BC1 = sci(x, v_BC9[..., _CENTRE_TAP, None], scale=self.scale, backend=self.backend)
             y_BC = y_BC1.squeeze(-1)
         else:
             v_BC9, y_BC = sci_means.v_BC9, sci_means.y_BC

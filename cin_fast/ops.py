@@ -8,6 +8,7 @@ forward leaves for its own backward: no other code reads them.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -278,7 +279,7 @@ def _tap_means_backward_fake(dv: Tensor, height: int, width: int) -> Tensor:
     return dv.new_empty((*dv.shape[:2], height, width))
 
 
-_FAKES = {
+_FAKES: dict[str, Callable[..., Any]] = {
     "sci": _sci_fake,
     "sci_backward": _sci_backward_fake,
     "cci": _cci_fake,
@@ -332,7 +333,7 @@ def _reference_cci_backward(
     return (dx + dv, deta, x.new_empty(0)) if v is None else (dx, deta, dv)
 
 
-_REFERENCE = {
+_REFERENCE: dict[str, Callable[..., Any]] = {
     "sci": _reference_sci,
     "sci_backward": _reference_sci_backward,
     "cci": _reference_cci,

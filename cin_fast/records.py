@@ -89,7 +89,7 @@ def _epoch_of(line: str) -> float:
 
 
 def git_commit() -> str:
-    """The commit of the source that runs, with ``-dirty`` if it was changed; "unknown" outside git."""
+    """The commit of the source that runs, ``-dirty`` if changed; "unknown" outside git."""
     here = Path(__file__).resolve().parent
     try:
         found = subprocess.run(

@@ -98,8 +98,8 @@ def cci_backward(
 def tap_rectangles(height: int, width: int, *, device: torch.device, dtype: torch.dtype) -> Tensor:
     """U (H*W, 9): the positions that each tap of a padded 3x3 convolution reaches, divided by H*W.
 
-    Column ``3 * ky + kx`` belongs to the weight ``[..., ky, kx]`` of a ``Conv2d(..., 3, padding=1)``;
-    column 4, the centre tap, is the plain mean.
+    Column ``3 * ky + kx`` belongs to the weight ``[..., ky, kx]`` of a
+    ``Conv2d(..., 3, padding=1)``; column 4, the centre tap, is the plain mean.
     """
 
     def reach(size: int) -> Tensor:

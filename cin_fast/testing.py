@@ -1,4 +1,4 @@
-"""What tests/ and bench/ share: inputs, shapes, and the rule that decides whether a result is right.
+"""What tests/ and bench/ share: inputs, shapes, and the rule by which a result is right.
 
 The rule: against float64, a backend's error is at most twice the error of plain PyTorch in the
 same dtype, plus the rounding of the result itself.
@@ -109,7 +109,7 @@ def check_sci(
 ) -> Evaluation:
     """Hold ``sci`` of ``backend`` to the rule, values and gradients; returns what it computed."""
     return _check(
-        lambda name, *inputs: evaluate_sci(*inputs, scale=scale, backend=name), backend, x, v, dy
+        lambda name, x, v, dy: evaluate_sci(x, v, dy, scale, backend=name), backend, x, v, dy
     )
 
 
@@ -153,9 +153,7 @@ def assert_exact_as_torch(name: str, actual: Tensor, torch_result: Tensor, exact
         )
 
 
-def _check(
-    evaluate: Callable[..., Evaluation], backend: str, *inputs: Tensor | None
-) -> Evaluation:
+def _check(evaluate: Callable[..., Evaluation], backend: str, *inputs: Tensor | None) -> Evaluation:
     double = [None if t is None else t.double() for t in inputs]
     exact = evaluate("torch", *double).results
     plain = evaluate("torch", *inputs).results

@@ -60,7 +60,8 @@ class EpochTotals:
     @classmethod
     def zeros(cls, device: torch.device) -> EpochTotals:
         """Nothing counted yet."""
-        return cls(*(torch.zeros((), dtype=torch.float64, device=device) for _ in range(4)))
+        loss, classification, pair, correct = torch.zeros(4, dtype=torch.float64, device=device)
+        return cls(loss.clone(), classification.clone(), pair.clone(), correct.clone())
 
     def means(self) -> dict[str, float]:
         """Means over the steps and images of all processes; counts are summed."""
@@ -171,7 +172,8 @@ class Trainer:
         speed = trained["images"] / (time.perf_counter() - start)
         self.schedule.step()
         self.epoch += 1
-        metrics = {"epoch": self.epoch, "lr": lr, **trained, "images_per_second": speed}
+        metrics: dict[str, Any] = {"epoch": self.epoch, "lr": lr, **trained}
+        metrics["images_per_second"] = speed
         if self.epoch % self.config.eval_every == 0 or self.epoch == self.config.epochs:
             metrics |= self._tested(test_loader)
         metrics["seconds"] = time.perf_counter() - start
@@ -256,13 +258,20 @@ class Trainer:
         config, size = self.config, self.world.size
         parameters = sum(p.numel() for p in self.model.parameters()) / 1e6
         skipped = self.train_images.skipped + self.test_images.skipped
-        lines = [
-            config.describe(),
-            f"\n{len(self.train_images)} training and {len(self.test_images)} test images of "
-            f"{len(self.classes)} classes",
+        images = (
+            f"{len(self.train_images)} training and {len(self.test_images)} test images of "
+            f"{len(self.classes)} classes"
+        )
+        batch = (
             f"global batch {config.batch_size * size} = {size} x {config.classes_per_batch} classes"
             f" x {config.images_per_class} images, {config.batch_size * size // 2} pairs, each "
-            "within one process",
+            "within one process"
+        )
+        lines = [
+            config.describe(),
+            "",
+            images,
+            batch,
             f"{config.method} on {config.backbone}, {parameters:.1f} M parameters, {self.device}",
             f"everything of this run goes to {self.folder.path}",
         ]

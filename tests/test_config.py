@@ -90,5 +90,5 @@ def test_bad_files_are_refused(tmp_path, name, text, message):
 
 
 def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(ValueError, match="--config: no file .*gone.yaml"):
+    with pytest.raises(ValueError, match=r"--config: no file .*gone.yaml"):
         config.parse(["--config", str(tmp_path / "gone.yaml")])

@@ -136,7 +136,7 @@ def test_any_timm_name_where_timm_is_installed():
 def test_unknown_names_are_refused():
     with pytest.raises(ValueError, match="backbone: 'resnet19' is none of resnet18"):
         build_backbone("resnet19")
-    with pytest.raises(ValueError, match="method: expected one of .*cin.*, found 'nts'"):
+    with pytest.raises(ValueError, match=r"method: expected one of .*cin.*, found 'nts'"):
         build_model("nts", 2, "resnet18")
     with pytest.raises(ValueError, match="num_classes: expected at least 1, found 0"):
         CIN(0, "resnet18")
@@ -168,7 +168,7 @@ def test_weights_that_do_not_fit_say_so(tmp_path):
     with pytest.raises(ValueError, match="no weight file that can be read"):
         build_backbone("resnet18", path)
     torch.save(build_backbone("resnet18").body.state_dict(), path)
-    with pytest.raises(ValueError, match="does not fit: it .* layer"):
+    with pytest.raises(ValueError, match=r"does not fit: it .* layer"):
         build_backbone("resnet50", path)
 
 

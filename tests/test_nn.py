@@ -88,7 +88,10 @@ def test_cci_dense_and_pooled_are_equal(height, width):
     module = CCI(6)
     x, partner = make_map(height, width), torch.tensor([2, 1, 0, 3])
     for dense, pooled in pooled_and_dense(
-        module, lambda x: module(x, partner).mean(dim=(2, 3)), lambda x: module.pooled(x, partner), x
+        module,
+        lambda x: module(x, partner).mean(dim=(2, 3)),
+        lambda x: module.pooled(x, partner),
+        x,
     ):
         assert relative(pooled, dense) < 1e-5
 

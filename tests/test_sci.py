@@ -9,7 +9,7 @@ from cin_fast.testing import INPUT_KINDS, SHAPES, check_sci, make_input
 
 def by_loops(x_BCL, scale):
     """Eq. 1 and 2 with nothing but scalars."""
-    b, c, length = x_BCL.shape
+    b, c, _ = x_BCL.shape
     y = torch.zeros_like(x_BCL)
     for n in range(b):
         for i in range(c):

@@ -61,8 +61,6 @@ class Classifier(nn.Module):
         """Logits (B, num_classes) of images (B, 3, H, W); methods with pairs add to them."""
         return self.classifier(self.features(self.backbone(images)))
 
-    def loss(
-        self, output: Any, labels: Tensor, partner: Tensor | None, margin: float
-    ) -> LossParts:
+    def loss(self, output: Any, labels: Tensor, partner: Tensor | None, margin: float) -> LossParts:
         """The loss of what :meth:`forward` returned for a training batch."""
         return LossParts(classification_loss(output, labels))

@@ -92,9 +92,7 @@ class SCICont(SCINet):
         z_BC = self.features(x_BCHW)
         return z_BC, z_BC
 
-    def loss(
-        self, output: Any, labels: Tensor, partner: Tensor | None, margin: float
-    ) -> LossParts:
+    def loss(self, output: Any, labels: Tensor, partner: Tensor | None, margin: float) -> LossParts:
         """Both terms of Eq. 9; the classification alone where no partner was given."""
         if partner is None:
             return super().loss(output, labels, partner, margin)
