@@ -1,79 +1,136 @@
-"""Batches of P classes x K images, split at random into pairs."""
+"""ClassBalancedPairSampler: batches of classes, split at random into pairs."""
+
+from __future__ import annotations
 
 from collections import Counter
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from cin_fast.data import ClassBalancedPairSampler
 
-LABELS = [label for label in range(7) for _ in range(10)]
-UNEVEN = [0] * 3 + [1] * 23 + [2] * 5 + [3] * 1 + [4] * 11 + [5] * 6
+EVEN = [label for label in range(10) for _ in range(30)]
+UNEVEN = [0] * 1 + [1] * 3 + [2] * 5 + [3] * 7 + [4] * 12 + [5] * 31
 
 
-def batches(labels=LABELS, p=4, k=5, epoch=0, **options):
-    sampler = ClassBalancedPairSampler(labels, p, k, **options)
-    sampler.set_epoch(epoch)
-    found = list(sampler)
-    assert len(found) == len(sampler)
-    return found
+def epoch(labels, number=0, **options):
+    sampler = ClassBalancedPairSampler(labels, **options)
+    sampler.set_epoch(number)
+    return list(sampler)
 
 
-@pytest.mark.parametrize("labels", [LABELS, UNEVEN])
-def test_every_batch_is_p_classes_of_k_images(labels):
-    for batch in batches(labels):
+def test_a_batch_is_four_classes_of_five_images():
+    for batch in epoch(EVEN):
         assert len(batch) == 20
-        assert sorted(Counter(labels[i] for i in batch).values()) == [5, 5, 5, 5]
+        assert Counter(Counter(EVEN[i] for i in batch).values()) == {5: 4}
+        assert len(set(batch)) == 20
 
 
-@pytest.mark.parametrize("labels", [LABELS, UNEVEN])
-@pytest.mark.parametrize("world", [1, 2, 3])
-def test_an_epoch_covers_the_training_set(labels, world):
-    found = [batches(labels, rank=rank, world_size=world) for rank in range(world)]
-    assert len({len(part) for part in found}) == 1
-    assert {i for part in found for batch in part for i in batch} == set(range(len(labels)))
+def test_an_even_set_is_covered_exactly_once():
+    batches = epoch(EVEN)
+    assert len(batches) == 300 // 20
+    assert sorted(i for batch in batches for i in batch) == list(range(300))
 
 
-def test_ranks_take_different_batches():
-    one, two = batches(rank=0, world_size=2), batches(rank=1, world_size=2)
-    assert all(a != b for a, b in zip(one, two, strict=True))
+def test_pairs_are_split_at_random_over_the_whole_batch():
+    # Of the 190 pairs that 4 x 5 images can form 40 are positive: 10 * 40 / 190 a batch.
+    sampler = ClassBalancedPairSampler(EVEN)
+    counts = []
+    for number in range(20):
+        sampler.set_epoch(number)
+        counts += [sampler.pair_counts(batch) for batch in sampler]
+    assert all(positives + negatives == 10 for positives, negatives in counts)
+    mean = sum(positives for positives, _ in counts) / len(counts)
+    assert mean == pytest.approx(40 / 19, abs=0.25)
 
 
-def test_an_image_repeats_only_if_its_class_is_too_small():
-    for batch in batches(UNEVEN):
-        for index, count in Counter(batch).items():
-            assert count == 1 or UNEVEN.count(UNEVEN[index]) < 5
+def test_pair_counts_compares_neighbours():
+    sampler = ClassBalancedPairSampler([0, 0, 0, 1, 1, 1], classes_per_batch=2, images_per_class=1)
+    assert sampler.pair_counts([0, 1, 2, 3, 4, 5]) == (2, 1)
+    assert sampler.pair_counts([0, 3, 1, 4]) == (0, 2)
 
 
-def test_seed_and_epoch_decide_everything():
-    assert batches(seed=1, epoch=2) == batches(seed=1, epoch=2)
-    assert batches(seed=1, epoch=2) != batches(seed=1, epoch=3)
-    assert batches(seed=1, epoch=2) != batches(seed=2, epoch=2)
+def test_the_seed_and_the_epoch_decide_everything():
+    assert epoch(EVEN, 3, seed=7) == epoch(EVEN, 3, seed=7)
+    assert epoch(EVEN, 3, seed=7) != epoch(EVEN, 4, seed=7)
+    assert epoch(EVEN, 3, seed=7) != epoch(EVEN, 3, seed=8)
 
 
-def test_both_kinds_of_pair_arise_and_are_counted():
-    sampler = ClassBalancedPairSampler(LABELS, 4, 5)
-    counts = [sampler.pair_counts(batch) for epoch in range(20) for batch in batches(epoch=epoch)]
-    assert all(p + n == 10 for p, n in counts)
-    # A random partner of an image shares its class with probability 4/19.
-    share = sum(p for p, _ in counts) / (10 * len(counts))
-    assert 0.16 < share < 0.26
+def test_classes_of_any_size_are_covered():
+    batches = epoch(UNEVEN)
+    assert {i for batch in batches for i in batch} == set(range(len(UNEVEN)))
+    # 1 + 1 + 1 + 2 + 3 + 7 groups of five would fit in four batches, but class 5 needs seven.
+    assert len(batches) == 7
+    for batch in batches:
+        assert Counter(Counter(UNEVEN[i] for i in batch).values()) == {5: 4}
 
 
-def test_pair_counts_by_hand():
-    sampler = ClassBalancedPairSampler([0, 0, 1, 1], 2, 2)
-    assert sampler.pair_counts([0, 1, 2, 3]) == (2, 0)
-    assert sampler.pair_counts([0, 2, 1, 3]) == (0, 2)
+def test_a_class_repeats_images_only_where_it_has_to():
+    for batch in epoch(UNEVEN):
+        for label in {UNEVEN[i] for i in batch}:
+            repeats = Counter(i for i in batch if UNEVEN[i] == label)
+            size = UNEVEN.count(label)
+            assert len(repeats) == min(5, size)
+            assert max(repeats.values()) == max(1, -(-5 // size))
+
+
+def test_what_fills_up_a_batch_is_drawn_from_all_classes():
+    labels = [0] * 60 + [label for label in range(1, 13) for _ in range(5)]
+    batches = [batch for number in range(30) for batch in epoch(labels, number)]
+    drawn = Counter(label for batch in batches for label in {labels[i] for i in batch})
+    assert drawn[0] == len(batches)
+    others = [drawn[label] for label in range(1, 13)]
+    assert min(others) > 0.5 * max(others)
+
+
+@given(
+    sizes=st.lists(st.integers(1, 23), min_size=2, max_size=9),
+    classes=st.integers(1, 9),
+    images=st.integers(1, 6),
+    world_size=st.integers(1, 3),
+    seed=st.integers(0, 9),
+)
+@settings(max_examples=80, deadline=None)
+def test_any_set_is_covered_by_all_processes_together(sizes, classes, images, world_size, seed):
+    classes = min(classes, len(sizes))
+    if classes * images % 2:
+        images += 1
+    labels = [label for label, size in enumerate(sizes) for _ in range(size)]
+    samplers = [
+        ClassBalancedPairSampler(
+            labels, classes, images, seed=seed, rank=rank, world_size=world_size
+        )
+        for rank in range(world_size)
+    ]
+    epochs = [list(sampler) for sampler in samplers]
+    assert len({len(sampler) for sampler in samplers}) == 1
+    assert [len(batches) for batches in epochs] == [len(sampler) for sampler in samplers]
+    assert {i for batches in epochs for batch in batches for i in batch} == set(range(len(labels)))
+    for batches in epochs:
+        for batch in batches:
+            assert Counter(Counter(labels[i] for i in batch).values()) == {images: classes}
+
+
+def test_processes_share_one_epoch():
+    whole = epoch(EVEN, 2, seed=5)
+    # 15 batches on two processes: one is added.
+    parts = [epoch(EVEN, 2, seed=5, rank=rank, world_size=2) for rank in (0, 1)]
+    assert [len(part) for part in parts] == [8, 8]
+    assert len(whole) == 15
+    first, second = ({i for batch in part[:7] for i in batch} for part in parts)
+    assert not first & second
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"p": 3, "k": 3}, "odd and cannot be split into pairs"),
-        ({"p": 8, "k": 5}, "classes per batch: 8 were asked for.* 7 classes"),
-        ({"p": 0}, "at least one class"),
+        ({"classes_per_batch": 3, "images_per_class": 5}, "3 classes x 5 images is odd"),
+        ({"classes_per_batch": 12}, "12 were asked for.*images of 10 classes"),
+        ({"classes_per_batch": 0}, "found 0 x 5"),
         ({"rank": 2, "world_size": 2}, "rank: expected 0 to 1, found 2"),
     ],
 )
 def test_what_cannot_work_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
-        batches(**options)
+        ClassBalancedPairSampler(EVEN, **options)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +11,9 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
+
+# Reading waits for the disk, and Pillow decodes outside the interpreter's lock.
+_READERS = 8
 
 
 class DataError(ValueError):
@@ -24,17 +28,27 @@ class Entry:
     label: int
 
 
+@dataclass(frozen=True)
+class BadImage:
+    """An image that cannot be used, and why."""
+
+    path: Path
+    reason: str
+
+
 class ImageDataset(Dataset[tuple[Tensor, int]]):
     """Images on disk.
 
     Args:
-        entries: the images, at least one of every class for training sets.
+        entries: the images. Every file has to exist and to begin as an image does; what lies
+            behind its header is found out when it is decoded.
         classes: names, by label.
         transform: from a PIL image to what the network sees.
-        skip_bad_images: decode every image now, and leave out those that cannot be read.
+        skip_bad_images: decode every image now and leave out those that cannot be read;
+            ``skipped`` names them.
 
     Raises:
-        DataError: naming the file and the fix.
+        DataError: naming the file and the fix; also from indexing.
     """
 
     def __init__(
@@ -47,12 +61,13 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
     ) -> None:
         self.classes = tuple(classes)
         self.transform = transform
-        kept, skipped = list(entries), []
-        if skip_bad_images:
-            kept, skipped = _readable(entries)
-        self.entries = tuple(kept)
-        self.skipped: tuple[str, ...] = tuple(skipped)
-        self.labels = tuple(entry.label for entry in kept)
+        bad = bad_images([entry.path for entry in entries], whole=skip_bad_images)
+        if bad and not skip_bad_images:
+            raise DataError(f"{explain(bad[0])} ({len(bad)} of {len(entries)} images are bad)")
+        bad_paths = {image.path for image in bad}
+        self.skipped: tuple[str, ...] = tuple(str(image.path) for image in bad)
+        self.entries = tuple(entry for entry in entries if entry.path not in bad_paths)
+        self.labels = tuple(entry.label for entry in self.entries)
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -75,19 +90,49 @@ def read_image(path: Path) -> Image.Image:
     try:
         with Image.open(path) as image:
             return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError) as error:
-        raise DataError(
-            f"{path} cannot be read as an image ({error}); replace it, or leave such files out "
-            "(--skip-bad-images)"
-        ) from error
+    # Broken files make Pillow's decoders raise whatever they stumble over.
+    except Exception as error:
+        raise DataError(explain(BadImage(path, _reason(path, error)))) from error
 
 
-def _readable(entries: Sequence[Entry]) -> tuple[list[Entry], list[str]]:
-    kept, skipped = [], []
-    for entry in tqdm(entries, "checking images", unit="image", leave=False):
-        try:
-            read_image(entry.path)
-            kept.append(entry)
-        except DataError:
-            skipped.append(str(entry.path))
-    return kept, skipped
+def bad_images(paths: Sequence[Path], *, whole: bool) -> list[BadImage]:
+    """The files that are missing or no images: by their headers, or by decoding them whole."""
+    check = _check_whole if whole else _check_header
+    with ThreadPoolExecutor(_READERS) as pool:
+        found: Iterable[BadImage | None] = pool.map(check, paths)
+        found = tqdm(found, "checking images", len(paths), unit="image", leave=False, delay=1)
+        return [image for image in found if image]
+
+
+def explain(bad: BadImage) -> str:
+    """One line that names the file and the fix."""
+    return f"{bad.path} {bad.reason}; replace it, or leave such files out with --skip-bad-images"
+
+
+def _check_header(path: Path) -> BadImage | None:
+    try:
+        with Image.open(path):
+            return None
+    except Exception as error:
+        return BadImage(path, _reason(path, error))
+
+
+def _check_whole(path: Path) -> BadImage | None:
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return None
+    except Exception as error:
+        return BadImage(path, _reason(path, error))
+
+
+def _reason(path: Path, error: Exception) -> str:
+    if isinstance(error, FileNotFoundError):
+        return "is missing"
+    if isinstance(error, PermissionError):
+        return "may not be read (permission denied)"
+    if path.is_file() and path.stat().st_size == 0:
+        return "is empty"
+    # Pillow repeats the path there.
+    text = "its format is unknown" if "identify" in str(error) else str(error)
+    return f"cannot be read as an image ({text or type(error).__name__})"

@@ -2,75 +2,97 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from cin_fast.data.base import DataError, Entry
+from cin_fast.data.text import read_lines
 
-INDEX_FILES = ("classes.txt", "images.txt", "image_class_labels.txt", "train_test_split.txt")
-OFFICIAL_CLASSES = 200
+CLASSES, IMAGES, LABELS, SPLIT = (
+    "classes.txt", "images.txt", "image_class_labels.txt", "train_test_split.txt",
+)  # fmt: skip
+INDEX_FILES = (CLASSES, IMAGES, LABELS, SPLIT)
 OFFICIAL_COUNTS = {True: 5994, False: 5794}
+_OFFICIAL_CLASSES = 200
+_OFFICIAL_FIRST = "001.Black_footed_Albatross"
 
 
 def read_cub(root: Path, *, train: bool) -> tuple[list[Entry], list[str]]:
     """The images of one split and the names of all classes.
 
-    The number of classes comes from classes.txt; with the 200 of the real CUB-200-2011, the
-    official split counts are checked.
+    The number of classes comes from classes.txt; for the real CUB-200-2011 the official split
+    counts are checked.
 
     Raises:
         DataError: naming the file, the line where there is one, and the fix.
     """
-    for name in INDEX_FILES:
-        if not (root / name).is_file():
+    for name in (*INDEX_FILES, "images"):
+        if not (root / name).exists():
             raise DataError(
-                f"{root / name} is missing: the folder of a CUB-like dataset holds "
+                f"{root / name} is missing: the folder of a dataset in CUB's layout holds "
                 f"{', '.join(INDEX_FILES)} and images/"
             )
-    classes = _table(root / "classes.txt")
-    paths = _table(root / "images.txt")
-    labels = _table(root / "image_class_labels.txt")
-    splits = _table(root / "train_test_split.txt")
+    classes = _table(root / CLASSES)
+    paths = _table(root / IMAGES)
+    labels = _table(root / LABELS)
+    splits = _table(root / SPLIT)
+    _check_same_images(root, paths, labels, LABELS)
+    _check_same_images(root, paths, splits, SPLIT)
+    for name, table in ((CLASSES, classes), (IMAGES, paths)):
+        _check_unique(root / name, table)
     numbers = {number: index for index, number in enumerate(classes)}
     entries = []
     for image, relative in paths.items():
-        for table, name in ((labels, INDEX_FILES[2]), (splits, INDEX_FILES[3])):
-            if image not in table:
-                raise DataError(f"{root / name}: no line for image {image} ({relative})")
-        if labels[image] not in numbers:
+        label, split = labels[image], splits[image]
+        if label not in numbers:
             raise DataError(
-                f"{root / INDEX_FILES[2]}: image {image} has class {labels[image]}, which "
-                f"classes.txt does not list (it has {len(classes)})"
+                f"{root / LABELS}: image {image} has class {label}, which {CLASSES} does not "
+                f"list (it lists {len(classes)})"
             )
-        if splits[image] not in ("0", "1"):
-            raise DataError(
-                f"{root / INDEX_FILES[3]}: image {image} has {splits[image]!r}, expected 0 or 1"
-            )
-        if (splits[image] == "1") == train:
-            entries.append(Entry(root / "images" / relative, numbers[labels[image]]))
-    _check_official(root, len(classes), len(entries), train)
-    return entries, list(classes.values())
+        if split not in ("0", "1"):
+            raise DataError(f"{root / SPLIT}: image {image} has {split!r}, expected 0 or 1")
+        if PurePosixPath(relative).is_absolute() or ".." in PurePosixPath(relative).parts:
+            raise DataError(f"{root / IMAGES}: {relative} lies outside images/")
+        if (split == "1") == train:
+            entries.append(Entry(root / "images" / relative, numbers[label]))
+    names = list(classes.values())
+    _check_official(root, names, len(entries), train)
+    return entries, names
 
 
 def _table(path: Path) -> dict[str, str]:
     table: dict[str, str] = {}
-    for line_number, line in enumerate(path.read_text().splitlines(), 1):
-        if not line.strip():
-            continue
-        key, _, value = line.strip().partition(" ")
+    for number, line in read_lines(path):
+        key, _, value = line.partition(" ")
         if not value:
-            raise DataError(f"{path}, line {line_number}: expected two columns, found {line!r}")
+            raise DataError(f"{path}, line {number}: expected two columns, found {line!r}")
         if key in table:
-            raise DataError(f"{path}, line {line_number}: {key} stands there twice")
+            raise DataError(f"{path}, line {number}: {key} stands there twice; remove one")
         table[key] = value.strip()
-    if not table:
-        raise DataError(f"{path} is empty")
     return table
 
 
-def _check_official(root: Path, classes: int, images: int, train: bool) -> None:
+def _check_same_images(root: Path, paths: dict[str, str], table: dict[str, str], name: str) -> None:
+    for image, relative in paths.items():
+        if image not in table:
+            raise DataError(f"{root / name}: no line for image {image} ({relative}) of {IMAGES}")
+    for image in table:
+        if image not in paths:
+            raise DataError(f"{root / name}: image {image} is not listed in {root / IMAGES}")
+
+
+def _check_unique(path: Path, table: dict[str, str]) -> None:
+    seen: dict[str, str] = {}
+    for key, value in table.items():
+        if value in seen:
+            raise DataError(f"{path}: {value} stands there as {seen[value]} and as {key}")
+        seen[value] = key
+
+
+def _check_official(root: Path, classes: list[str], images: int, train: bool) -> None:
+    official = len(classes) == _OFFICIAL_CLASSES and classes[0] == _OFFICIAL_FIRST
     expected = OFFICIAL_COUNTS[train]
-    if classes == OFFICIAL_CLASSES and root.name == "CUB_200_2011" and images != expected:
+    if official and images != expected:
         raise DataError(
-            f"{root} has {images} {'training' if train else 'test'} images, CUB-200-2011 has "
-            f"{expected}: unpack the archive again"
+            f"{root / SPLIT}: {images} {'training' if train else 'test'} images, but CUB-200-2011 "
+            f"has {expected}: unpack its archive again"
         )

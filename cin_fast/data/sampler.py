@@ -14,20 +14,23 @@ class ClassBalancedPairSampler(Sampler[list[int]]):
 
     Positions (0, 1), (2, 3), ... of a batch are its pairs, drawn at random over the whole batch,
     so that both kinds of pair arise. An epoch covers the training set: every image of a class is
-    dealt out in groups of K; where a class's count is no multiple of K, the last group is filled
-    up with other images of the class (with repetitions only if the class has fewer than K).
-    A class stands once in a batch; where fewer than P classes have groups left, further groups of
-    other classes fill it.
+    dealt out in groups of K. Where a class's count is no multiple of K, the last group is filled
+    up with other images of the class; a class of fewer than K images repeats them. A class never
+    stands twice in a batch: where fewer than P classes have groups left, one of much more images
+    than the others for instance, more images of other classes, drawn at random, fill the batch.
+
+    With ``world_size`` > 1 every process gets batches of its own, the same number each, and all
+    of them together cover the training set.
 
     Args:
         labels: the label of every image.
         classes_per_batch: P.
         images_per_class: K.
         seed: with the epoch, decides everything.
-        rank, world_size: each process takes whole batches, the same number each.
+        rank, world_size: this process, and how many there are.
 
     Raises:
-        ValueError: if P x K is odd, or there are fewer than P classes.
+        ValueError: if P x K is odd or below 1, there are fewer than P classes, or no such rank.
     """
 
     def __init__(
@@ -82,9 +85,7 @@ class ClassBalancedPairSampler(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         generator = torch.Generator()
         generator.manual_seed(self.seed * 1_000_003 + self.epoch)
-        groups = {
-            label: self._groups(images, generator) for label, images in self.by_class.items()
-        }
+        groups = {label: self._groups(images, generator) for label, images in self.by_class.items()}
         steps = self.batches * self.world_size
         for step in range(steps):
             batch = self._batch(groups, steps - step, generator)
@@ -92,7 +93,7 @@ class ClassBalancedPairSampler(Sampler[list[int]]):
                 yield batch
 
     def pair_counts(self, indices: Sequence[int]) -> tuple[int, int]:
-        """How many positive and negative pairs a batch holds."""
+        """How many pairs of a batch are positive (of one class), and how many negative."""
         pairs = zip(indices[::2], indices[1::2], strict=True)
         positives = sum(self.labels[a] == self.labels[b] for a, b in pairs)
         return positives, len(indices) // 2 - positives
@@ -102,11 +103,10 @@ class ClassBalancedPairSampler(Sampler[list[int]]):
         order = _shuffled(images, generator)
         k = self.images_per_class
         groups = [order[start : start + k] for start in range(0, len(order), k)]
-        short = k - len(groups[-1])
-        others = _shuffled([i for i in images if i not in set(groups[-1])] or images, generator)
-        while short > 0:
-            groups[-1] += others[:short]
-            short = k - len(groups[-1])
+        last = set(groups[-1])
+        others = _shuffled([i for i in images if i not in last] or images, generator)
+        while len(groups[-1]) < k:
+            groups[-1] += others[: k - len(groups[-1])]
         return groups
 
     def _batch(
@@ -130,9 +130,10 @@ class ClassBalancedPairSampler(Sampler[list[int]]):
         if wanted == 0:
             return urgent
         left = torch.tensor([float(len(groups[label])) for label in rest])
-        # Classes with nothing left come after all the others.
-        keys = torch.rand(len(rest), generator=generator).clamp(min=1e-12).log() / left
-        order = torch.where(left > 0, keys, -torch.inf).argsort(descending=True)
+        draws = torch.rand(len(rest), generator=generator).clamp(min=1e-12)
+        # Largest log(u) / w first draws without replacement in proportion to w; classes with
+        # nothing left come after all the others, in random order.
+        order = torch.where(left > 0, draws.log() / left, -1e3 - draws).argsort(descending=True)
         return urgent + [rest[i] for i in order[:wanted].tolist()]
 
 

@@ -34,8 +34,8 @@ MAX_CLASSES = 81
 # Up to this side all drawings are made once and kept: under 100 MB for the default set.
 _KEPT_SIDE = 192
 _SUPERSAMPLING = 2
-# Coprime to 81: consecutive classes differ in many parts, and few of them use every kind of part.
-_STRIDE = 16
+# Coprime to 81, and so that the first 12 classes use every kind of every part four times.
+_STRIDE = 22
 _CIRCLE = [cmath.rect(1, 2 * math.pi * i / 24) for i in range(24)]
 
 Colour = tuple[int, int, int]

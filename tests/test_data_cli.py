@@ -1,0 +1,69 @@
+"""``cin-fast-data``: its commands as a user types them."""
+
+from __future__ import annotations
+
+import pytest
+from PIL import Image
+
+from cin_fast.data import build_dataset
+from cin_fast.data.cli import main
+
+
+def synthesize(output, *options):
+    small = ["--classes", "3", "--images-per-class", "12", "--image-size", "32"]
+    return main(["synthesize", "--output", str(output), *small, *options])
+
+
+def test_what_is_synthesized_reads_back(tmp_path, capsys):
+    assert synthesize(tmp_path / "birds", "--layout", "cub") == 0
+    assert "51 images of 3 classes" in capsys.readouterr().out
+    sizes = [len(build_dataset("cub", tmp_path / "birds", train=t)) for t in (True, False)]
+    assert sizes == [36, 15]
+    with Image.open(next((tmp_path / "birds" / "images").rglob("*.jpg"))) as image:
+        assert image.size == (32, 32)
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_the_same_options_write_the_same_bytes(tmp_path):
+    trees = []
+    for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
+        assert synthesize(tmp_path / name, "--seed", seed) == 0
+        files = sorted(path for path in (tmp_path / name).rglob("*") if path.is_file())
+        trees.append({path.relative_to(tmp_path / name): path.read_bytes() for path in files})
+    assert trees[0] == trees[1]
+    assert trees[0].keys() == trees[2].keys()
+    assert trees[0] != trees[2]
+
+
+def test_the_folder_layout_reads_back(tmp_path):
+    assert synthesize(tmp_path / "birds", "--layout", "folder") == 0
+    assert len(build_dataset("folder", tmp_path / "birds", train=False)) == 15
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--classes", "82"], "classes: expected 1 to 81, found 82"),
+        (["--images-per-class", "0"], "images per class: expected 1 or more, found 0"),
+        (["--image-size", "3"], "image size: expected 16 to 2048, found 3"),
+        (["--seed", "-1"], "seed: expected 0 or more, found -1"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(tmp_path, capsys, options, message):
+    assert synthesize(tmp_path / "birds", *options) == 2
+    assert capsys.readouterr().err == f"cin-fast-data: error: {message}\n"
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_in_use_is_left_alone(tmp_path, capsys):
+    (tmp_path / "mine.txt").write_text("mine")
+    assert synthesize(tmp_path) == 2
+    assert f"{tmp_path} is in use" in capsys.readouterr().err
+    assert (tmp_path / "mine.txt").read_text() == "mine"
+
+
+def test_help_names_every_command(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["--help"])
+    assert stopped.value.code == 0
+    assert "synthesize" in capsys.readouterr().out
