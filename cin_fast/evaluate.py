@@ -1,16 +1,31 @@
-"""Accuracy of a model over a dataset, every image counted once however many processes share it."""
+"""``cin-fast-eval``, and the counting behind it: every image once, however many processes share it.
+
+The loop of :mod:`cin_fast.train` uses :func:`score` alone.
+"""
 
 from __future__ import annotations
 
+import argparse
+import contextlib
+import csv
+import json
+import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
 
-from cin_fast.distributed import sum_over_processes
+from cin_fast.checkpoint import CheckpointError
+from cin_fast.data import DataError, ImageDataset, build_dataset, dataset_names
+from cin_fast.distributed import World, pick_device, sum_over_processes
+from cin_fast.trained import Trained, load_trained
 
 
 @dataclass(frozen=True)
@@ -31,6 +46,15 @@ class Scores:
     def top5(self) -> float:
         """Share of images whose class is among the best five, 0 to 1."""
         return self.top5_hits / max(self.images, 1)
+
+    @property
+    def confused(self) -> list[tuple[int, int, int]]:
+        """(true class, predicted class, images) of the mistakes made, most frequent first."""
+        wrong = self.confusion.clone().fill_diagonal_(0)
+        order = wrong.flatten().argsort(descending=True, stable=True)
+        size = len(wrong)
+        cells = [(int(i) // size, int(i) % size, int(wrong.flatten()[i])) for i in order[:10]]
+        return [cell for cell in cells if cell[2] > 0]
 
     @property
     def per_class(self) -> Tensor:
@@ -65,3 +89,129 @@ def score(
     model.train(was_training)
     confusion = counts[:-1].view(num_classes, num_classes)
     return Scores(confusion, int(counts[-1]), int(confusion.sum()), seconds)
+
+
+def report(scores: Scores, classes: Sequence[str]) -> dict[str, Any]:
+    """Everything that ``--json`` writes."""
+    return {
+        "test_top1": scores.top1,
+        "test_top5": scores.top5,
+        "images": scores.images,
+        "num_classes": len(classes),
+        "ms_per_image": 1e3 * scores.seconds / max(scores.images, 1),
+        "per_class": {
+            name: None if accuracy != accuracy else accuracy
+            for name, accuracy in zip(classes, scores.per_class.tolist(), strict=True)
+        },
+        "most_confused": [
+            {"true": classes[true], "predicted": classes[predicted], "images": count}
+            for true, predicted, count in scores.confused
+        ],
+    }
+
+
+def write_confusion(scores: Scores, classes: Sequence[str], folder: Path) -> list[Path]:
+    """The confusion matrix as confusion.csv and confusion.png."""
+    from matplotlib.figure import Figure
+
+    table, picture = folder / "confusion.csv", folder / "confusion.png"
+    with open(table, "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["true \\ predicted", *classes])
+        for name, row in zip(classes, scores.confusion.tolist(), strict=True):
+            writer.writerow([name, *row])
+    figure = Figure(figsize=(8, 7), layout="constrained")
+    axis = figure.subplots()
+    shares = scores.confusion / scores.confusion.sum(1, keepdim=True).clamp(min=1)
+    image = axis.imshow(shares.numpy(), cmap="viridis", vmin=0, vmax=1)
+    figure.colorbar(image, ax=axis, label="share of the true class")
+    axis.set_xlabel("predicted")
+    axis.set_ylabel("true")
+    if len(classes) <= 30:
+        axis.set_xticks(range(len(classes)), classes, rotation=90, fontsize=7)
+        axis.set_yticks(range(len(classes)), classes, fontsize=7)
+    figure.savefig(picture, dpi=120)
+    return [table, picture]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; prints errors as one line and returns 2 for them."""
+    options = _parser().parse_args(argv)
+    try:
+        device = pick_device(options.device, World(0, 1, 0))
+        trained = load_trained(options.checkpoint, device)
+        images = _test_images(trained, options)
+        options.output.mkdir(parents=True, exist_ok=True)
+        loader = DataLoader(images, batch_size=options.batch_size, num_workers=options.workers)
+        scores = score(
+            trained.model,
+            tqdm(loader, "evaluating", unit="batch", leave=False),
+            len(trained.classes),
+            device,
+            contextlib.nullcontext(),
+        )
+        files = write_confusion(scores, trained.classes, options.output)
+    except (CheckpointError, ValueError, OSError) as error:
+        print(f"cin-fast-eval: error: {error}", file=sys.stderr)
+        return 2
+    summary = report(scores, trained.classes)
+    if options.json:
+        print(json.dumps(summary, indent=2))
+    else:
+        print(_text(summary, files))
+    return 0
+
+
+def _test_images(trained: Trained, options: argparse.Namespace) -> ImageDataset:
+    root = options.data_root or (
+        Path(trained.config.data_root) if trained.config.data_root else None
+    )
+    images = build_dataset(
+        options.dataset or trained.config.dataset,
+        root,
+        train=False,
+        image_size=trained.config.image_size,
+    )
+    if images.classes != trained.classes:
+        raise DataError(
+            f"{options.checkpoint} knows {len(trained.classes)} classes, the dataset has "
+            f"{len(images.classes)}, or the same under other names"
+        )
+    return images
+
+
+def _text(summary: dict[str, Any], files: Sequence[Path]) -> str:
+    worst = sorted((a, name) for name, a in summary["per_class"].items() if a is not None)[:5]
+    accuracy = f"top-1 {summary['test_top1']:.2%}, top-5 {summary['test_top5']:.2%}"
+    speed = f"{summary['ms_per_image']:.1f} ms an image with its loading"
+    lines = [
+        f"{accuracy} of {summary['images']} images, {speed}",
+        "weakest classes:",
+        *(f"  {share:7.2%}  {name}" for share, name in worst),
+        "most confused:",
+        *(
+            f"  {row['images']:4} x {row['true']} taken for {row['predicted']}"
+            for row in summary["most_confused"]
+        ),
+    ]
+    return "\n".join([*lines, *(str(file) for file in files)])
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="cin-fast-eval", description="Accuracy of a trained model on its test set."
+    )
+    parser.add_argument("checkpoint", type=Path, help="last.pt, or a run's folder")
+    parser.add_argument("--dataset", choices=dataset_names(), help="(default: the run's)")
+    parser.add_argument("--data-root", type=Path, metavar="DIR", help="(default: the run's)")
+    parser.add_argument("--output", type=Path, default=Path("evaluation"), metavar="DIR",
+                        help="folder of the confusion matrix (default: evaluation)")  # fmt: skip
+    parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="(default: 32)")
+    parser.add_argument("--workers", type=int, default=2, metavar="N", help="(default: 2)")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of text")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

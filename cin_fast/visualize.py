@@ -130,7 +130,7 @@ def _crop_and_map(trained: Trained, image: Image.Image) -> tuple[np.ndarray[Any,
 def _save(
     rows: list[tuple[np.ndarray[Any, Any], list[Any]]], titles: Sequence[str], output: Path
 ) -> Path:
-    """A grid of pictures: arrays (H, W, 3) as they are, maps (h, w) as heat over the row's image."""
+    """A grid: arrays (H, W, 3) as they are, maps (h, w) as heat over the picture before them."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(1.7 * len(titles), 1.75 * len(rows) + 0.2), layout="constrained")

@@ -1,0 +1,93 @@
+"""Scores, the report behind cin-fast-eval, and cin-fast-predict."""
+
+import contextlib
+import json
+import math
+
+import pytest
+import torch
+from test_train import arguments, images  # noqa: F401
+from torch import nn
+
+from cin_fast.evaluate import Scores, main, report, score
+from cin_fast.predict import main as predict_main
+from cin_fast.train import main as train_main
+
+
+class Fixed(nn.Module):
+    """Logits that the input carries."""
+
+    def forward(self, x):
+        return x
+
+
+def test_scores_by_hand():
+    logits = torch.eye(6)[[0, 1, 1, 5]] * 2 - torch.arange(6) * 0.1
+    batches = [(logits[:3], torch.tensor([0, 1, 2])), (logits[3:], torch.tensor([4]))]
+    scores = score(Fixed(), batches, 6, torch.device("cpu"), contextlib.nullcontext())
+    assert (scores.images, scores.top1) == (4, 0.5)
+    # Image 3 puts 5 first, then 0 to 3: its class 4 comes sixth.
+    assert scores.top5 == 0.75
+    assert scores.confusion[2, 1] == scores.confusion[4, 5] == 1
+    assert scores.per_class[:3].tolist() == [1.0, 1.0, 0.0]
+    assert math.isnan(scores.per_class[3])
+    assert scores.confused == [(2, 1, 1), (4, 5, 1)]
+
+
+def test_evaluation_leaves_the_mode_as_it_was():
+    model = Fixed().train()
+    score(model, [], 2, torch.device("cpu"), contextlib.nullcontext())
+    assert model.training
+
+
+def test_report_is_json():
+    scores = Scores(torch.tensor([[3, 1], [0, 0]]), 4, 4, 2.0)
+    summary = json.loads(json.dumps(report(scores, ["a", "b"])))
+    assert summary["per_class"] == {"a": 0.75, "b": None}
+    assert summary["most_confused"] == [{"true": "a", "predicted": "b", "images": 1}]
+    assert summary["ms_per_image"] == 500
+
+
+@pytest.fixture(scope="module")
+def run(images, tmp_path_factory):  # noqa: F811
+    folder = tmp_path_factory.mktemp("run")
+    assert train_main(arguments(images, folder, epochs=1, method="sci")) == 0
+    return folder
+
+
+def test_eval_agrees_with_training(run, tmp_path, capsys):
+    trained = json.loads((run / "metrics.json").read_text())
+    argv = [str(run), "--workers", "0", "--device", "cpu", "--output", str(tmp_path)]
+    capsys.readouterr()
+    assert main([*argv, "--json"]) == 0
+    summary = json.loads(capsys.readouterr().out)
+    assert summary["test_top1"] == trained["test_top1"]
+    assert summary["images"] == 12
+    assert (tmp_path / "confusion.png").stat().st_size > 1000
+    rows = (tmp_path / "confusion.csv").read_text().splitlines()
+    assert [row.split(",")[0] for row in rows[1:]] == ["blue", "green", "red"]
+    assert sum(int(cell) for row in rows[1:] for cell in row.split(",")[1:]) == 12
+    assert main(argv) == 0
+    assert "most confused:" in capsys.readouterr().out
+
+
+def test_predict_names_classes(run, images, capsys):  # noqa: F811
+    picture = images / "test" / "red" / "0.png"
+    argv = [str(picture), "--checkpoint", str(run), "--device", "cpu"]
+    capsys.readouterr()
+    assert predict_main([*argv, "--json", "--top", "2"]) == 0
+    best = json.loads(capsys.readouterr().out)[str(picture)]
+    assert len(best) == 2
+    assert set(best) <= {"red", "green", "blue"}
+    assert predict_main(argv) == 0
+    assert capsys.readouterr().out.count("%") == 3
+
+
+def test_errors_are_one_line(run, tmp_path, capsys):
+    assert main([str(tmp_path)]) == 2
+    assert predict_main(["x.png", "--checkpoint", str(run), "--device", "cpu"]) == 2
+    assert main([str(run), "--data-root", str(tmp_path), "--device", "cpu"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 3
+    assert "no checkpoint" in error
+    assert "x.png" in error
