@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -18,34 +19,49 @@ from cin_fast.info import device_name, versions
 SETTINGS = "settings.json"
 METRICS = "metrics.json"
 METRICS_LINES = "metrics.jsonl"
+CURVES = "tensorboard"
 
 
 class RunFolder:
-    """The folder of a run, written by the main process alone.
+    """The folder of a run; only the main process opens it for writing."""
 
-    Raises:
-        ValueError: if it cannot be written, or holds a run that is neither resumed nor replaced.
-    """
-
-    def __init__(self, path: Path, *, resume: bool = False, overwrite: bool = False) -> None:
+    def __init__(self, path: Path) -> None:
         self.path = path
+
+    def open(self, *, resume: bool = False, overwrite: bool = False) -> None:
+        """Make the folder, and make sure that nothing in it is lost unasked.
+
+        Raises:
+            ValueError: if it cannot be written, holds a run that is neither resumed nor replaced,
+                or holds none to resume.
+        """
         held = self.checkpoint.exists()
         if held and not (resume or overwrite):
             raise ValueError(
-                f"--output: {path} already holds a run; go on with it (--resume), replace it "
+                f"--output: {self.path} already holds a run; go on with it (--resume), replace it "
                 "(--overwrite) or choose another folder"
             )
         if resume and not held:
             raise ValueError(f"--resume: no checkpoint {self.checkpoint} to go on from")
         try:
-            path.mkdir(parents=True, exist_ok=True)
-            write_text(path / ".writable", "")
-            (path / ".writable").unlink()
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_text(self.path / ".writable", "")
+            (self.path / ".writable").unlink()
         except OSError as error:
-            raise ValueError(f"--output: {path} cannot be written ({error.strerror})") from error
-        if held and overwrite and not resume:
-            for name in (self.checkpoint.name, METRICS, METRICS_LINES):
-                (path / name).unlink(missing_ok=True)
+            raise ValueError(
+                f"--output: {self.path} cannot be written ({error.strerror})"
+            ) from error
+
+    def clear(self) -> None:
+        """Remove what an earlier run left."""
+        for name in (
+            self.checkpoint.name,
+            f"{self.checkpoint.name}.sha256",
+            METRICS,
+            METRICS_LINES,
+        ):
+            (self.path / name).unlink(missing_ok=True)
+        shutil.rmtree(self.path / CURVES, ignore_errors=True)
 
     @property
     def checkpoint(self) -> Path:

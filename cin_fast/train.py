@@ -30,7 +30,7 @@ from cin_fast.evaluate import Scores, score
 from cin_fast.losses import pair_counts
 from cin_fast.models import Classifier, build_model
 from cin_fast.models.backbones import stride_of
-from cin_fast.records import SETTINGS, RunFolder
+from cin_fast.records import CURVES, SETTINGS, RunFolder
 
 # Settings that a resumed run may change: none of them changes what is learnt.
 _FREE_ON_RESUME = {
@@ -102,9 +102,9 @@ class Trainer:
         self.world = world
         self.device = pick_device(config.device, world)
         _check_image_size(config)
-        self.folder = RunFolder(
-            config.output_folder, resume=config.resume, overwrite=config.overwrite or not world.main
-        )
+        self.folder = RunFolder(config.output_folder)
+        if world.main:
+            self.folder.open(resume=config.resume, overwrite=config.overwrite)
         resumed = checkpoints.load(self.folder.checkpoint) if config.resume else None
 
         self.train_images = _dataset(config, train=True)
@@ -145,6 +145,8 @@ class Trainer:
     def run(self) -> dict[str, Any]:
         """Train to the last epoch; returns what metrics.json holds."""
         if self.world.main:
+            if not self.config.resume:
+                self.folder.clear()
             self.folder.describe(self.config)
             self.folder.forget_after(self.epoch)
             print(self.describe(), flush=True)
@@ -506,7 +508,7 @@ def _curves(folder: Path, world: World) -> Iterator[Callable[[Mapping[str, Any]]
         return
     from torch.utils.tensorboard import SummaryWriter
 
-    with SummaryWriter(str(folder / "tensorboard")) as writer:
+    with SummaryWriter(str(folder / CURVES)) as writer:
 
         def draw(metrics: Mapping[str, Any]) -> None:
             for name, value in metrics.items():
