@@ -80,11 +80,12 @@ def test_one_batch_is_learnt_by_heart(method):
     losses = []
     for _ in range(40):
         output = model(images, partner)
-        loss = model.loss(output, labels, partner, margin=0.5).total(2.0)
+        parts = model.loss(output, labels, partner, margin=0.5)
         optimizer.zero_grad()
-        loss.backward()
+        parts.total(2.0).backward()
         optimizer.step()
-        losses.append(loss.item())
+        losses.append(parts.classification.item())
+    # MAMC's other term compares vectors of length 1 and cannot come near 0.
     assert losses[-1] < 0.1 * losses[0]
     logits = output[0] if isinstance(output, tuple) else output
     assert (logits.argmax(1) == labels).all()
@@ -94,6 +95,9 @@ def test_one_batch_is_learnt_by_heart(method):
 def test_every_parameter_gets_a_gradient(method):
     torch.manual_seed(0)
     model = build_model(method, 4, "resnet18", embedding_dim=8)
+    # The layers before a norm that starts at 0 learn from the second step on.
+    if hasattr(model, "block"):
+        torch.nn.init.ones_(model.block.norm.weight)
     labels = torch.tensor([0, 0, 1, 2])
     partner = PARTNER if model.uses_pairs else None
     # A margin beyond any distance keeps negative pairs alive.

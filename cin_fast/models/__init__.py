@@ -9,23 +9,35 @@ from pathlib import Path
 from typing import Any
 
 from cin_fast.models.base import Classifier, LossParts
+from cin_fast.models.cgnl import CGNLNet
 from cin_fast.models.cin import CIN, SCICont, SCINet
+from cin_fast.models.mamc import MAMC
+from cin_fast.models.non_local import NonLocalNet
 from cin_fast.models.plain import Plain
+from cin_fast.models.se import SENet
 
 __all__ = [
     "CIN",
+    "MAMC",
     "METHODS",
+    "CGNLNet",
     "Classifier",
     "LossParts",
+    "NonLocalNet",
     "Plain",
     "SCICont",
     "SCINet",
+    "SENet",
     "build_model",
 ]
 
 METHODS: dict[str, Callable[..., Classifier]] = {
     "plain": Plain,
+    "se": SENet,
     "pos-sci": partial(SCINet, scale=1.0),
+    "non-local": NonLocalNet,
+    "mamc": MAMC,
+    "cgnl": CGNLNet,
     "sci": SCINet,
     "sci-cont": SCICont,
     "cin": CIN,

@@ -14,16 +14,21 @@ from cin_fast.models.backbones import build_backbone
 
 @dataclass(frozen=True)
 class LossParts:
-    """The two terms of Eq. 9; ``pair`` is None for a method without one."""
+    """The two terms of Eq. 9.
+
+    ``pair`` is None for a method without one; ``weight`` is what its own paper puts in place of
+    alpha, None for alpha.
+    """
 
     classification: Tensor
     pair: Tensor | None = None
+    weight: float | None = None
 
     def total(self, alpha: float) -> Tensor:
         """classification + alpha * pair."""
         if self.pair is None:
             return self.classification
-        return self.classification + alpha * self.pair
+        return self.classification + (alpha if self.weight is None else self.weight) * self.pair
 
 
 class Classifier(nn.Module):
