@@ -78,7 +78,7 @@ def test_one_batch_is_learnt_by_heart(method):
     partner = torch.arange(8) ^ 1 if model.uses_pairs else None
     optimizer = torch.optim.SGD(model.parameters(), lr=0.001, momentum=0.9)
     losses = []
-    for _ in range(40):
+    for _ in range(60):
         output = model(images, partner)
         parts = model.loss(output, labels, partner, margin=0.5)
         optimizer.zero_grad()
