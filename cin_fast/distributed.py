@@ -26,12 +26,20 @@ class World:
         return self.rank == 0
 
 
+def world_of_process() -> World:
+    """This process as torchrun started it, or as the only one."""
+    rank, size, local_rank = (
+        int(os.environ.get(name, default))
+        for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
+    )
+    return World(rank, size, local_rank)
+
+
 @contextmanager
 def join(device: str) -> Iterator[World]:
     """Join the other processes that torchrun started, or be the only one."""
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    world = World(int(os.environ.get("RANK", "0")), size, int(os.environ.get("LOCAL_RANK", "0")))
-    if size == 1:
+    world = world_of_process()
+    if world.size == 1:
         yield world
         return
     dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")

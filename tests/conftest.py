@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -51,3 +52,18 @@ def cpu_extension() -> str:
     if reason:
         pytest.skip(f"the cpu backend is off: {reason}")
     return "cpu"
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder dataset: three colours, eight training and four test pictures each."""
+    root = tmp_path_factory.mktemp("colours")
+    for split, count in (("train", 8), ("test", 4)):
+        for label, colour in enumerate(["red", "green", "blue"]):
+            folder = root / split / colour
+            folder.mkdir(parents=True)
+            for number in range(count):
+                shade = [20 + 9 * number + len(split)] * 3
+                shade[label] = 255 - 9 * number
+                Image.new("RGB", (40, 36), tuple(shade)).save(folder / f"{number}.png")
+    return root

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from test_train import arguments, images  # noqa: F401
+from small_run import arguments
 from torch import nn
 
 from cin_fast.evaluate import Scores, main, report, score
@@ -49,7 +49,7 @@ def test_report_is_json():
 
 
 @pytest.fixture(scope="module")
-def run(images, tmp_path_factory):  # noqa: F811
+def run(images, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     assert train_main(arguments(images, folder, epochs=1, method="sci")) == 0
     return folder
@@ -71,7 +71,7 @@ def test_eval_agrees_with_training(run, tmp_path, capsys):
     assert "most confused:" in capsys.readouterr().out
 
 
-def test_predict_names_classes(run, images, capsys):  # noqa: F811
+def test_predict_names_classes(run, images, capsys):
     picture = images / "test" / "red" / "0.png"
     argv = [str(picture), "--checkpoint", str(run), "--device", "cpu"]
     capsys.readouterr()

@@ -10,47 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_run import arguments
 
 from cin_fast import checkpoint as checkpoints
 from cin_fast import config as configs
 from cin_fast import train as training
 from cin_fast.distributed import World
 from cin_fast.train import Trainer, main, train
-
-SMALL = {
-    "--dataset": "folder",
-    "--image-size": "32",
-    "--backbone": "resnet18",
-    "--weights": "none",
-    "--classes-per-batch": "2",
-    "--images-per-class": "2",
-    "--workers": "0",
-    "--embedding-dim": "8",
-    "--device": "cpu",
-}
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    """A folder dataset: three colours, eight training and four test pictures each."""
-    from PIL import Image
-
-    root = tmp_path_factory.mktemp("colours")
-    for split, count in (("train", 8), ("test", 4)):
-        for label, colour in enumerate(["red", "green", "blue"]):
-            folder = root / split / colour
-            folder.mkdir(parents=True)
-            for number in range(count):
-                shade = [20 + 9 * number + len(split)] * 3
-                shade[label] = 255 - 9 * number
-                Image.new("RGB", (40, 36), tuple(shade)).save(folder / f"{number}.png")
-    return root
-
-
-def arguments(images, output, **changes):
-    options = {**SMALL, "--data-root": str(images), "--output": str(output)}
-    options |= {"--" + name.replace("_", "-"): str(value) for name, value in changes.items()}
-    return [part for option in options.items() for part in option]
 
 
 def weights(folder):

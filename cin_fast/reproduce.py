@@ -1,0 +1,349 @@
+"""``cin-fast-reproduce table1``: the systems of the paper's Table 1 under one recipe."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import dataclasses
+import io
+import json
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cin_fast import config as configs
+from cin_fast import cost
+from cin_fast.checkpoint import write_text
+from cin_fast.config import TrainConfig
+from cin_fast.distributed import World, pick_device, world_of_process
+from cin_fast.info import device_name
+from cin_fast.models import build_model
+from cin_fast.records import METRICS, SETTINGS, git_commit
+from cin_fast.train import TrainingError, train
+
+# Options of cin-fast-train that this command sets itself.
+_SET_HERE = ("method", "seed", "output", "resume", "overwrite")
+# Settings that do not change what is learnt: a finished run may differ in them.
+_INDIFFERENT = {
+    "output", "resume", "overwrite", "workers", "device", "data_root", "eval_batch_size",
+    "profile", "compile",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of Table 1; ``backbone`` is None where it is the one that all methods share."""
+
+    method: str
+    addition: str
+    paper_top1: float
+    paper_ms: float
+    backbone: str | None = None
+
+
+ROWS: dict[str, Row] = {
+    "vgg19": Row("plain", "", 80.2, 22.1, backbone="vgg19"),
+    "plain": Row("plain", "", 84.9, 12.5),
+    "resnet101": Row("plain", "", 85.4, 22.4, backbone="resnet101"),
+    "se": Row("se", "SE", 85.7, 14.0),
+    "pos-sci": Row("pos-sci", "Pos-SCI", 86.1, 17.2),
+    "non-local": Row("non-local", "Non-local", 86.6, 14.2),
+    "mamc": Row("mamc", "MAMC", 86.3, 14.8),
+    "cgnl": Row("cgnl", "CGNL", 87.0, 15.0),
+    "sci": Row("sci", "SCI", 87.1, 17.2),
+    "sci-cont": Row("sci-cont", "SCI + Cont", 87.2, 17.2),
+    "cin": Row("cin", "CIN", 87.5, 17.2),
+    "resnet101-cin": Row("cin", "CIN", 88.1, 27.2, backbone="resnet101"),
+}
+_PAPER_BACKBONE = "resnet50"
+_HEADER = (
+    "system", "paper, CUB", "last epoch", "best epoch (optimistic)", "to plain", "M parameters",
+    "G operations", "ms an image", "time to plain", "paper's",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which rows to run, how often, and where."""
+
+    base: TrainConfig
+    rows: tuple[str, ...]
+    seeds: tuple[int, ...]
+    output: Path
+
+    def config(self, row: str, seed: int) -> TrainConfig:
+        """The settings of one run."""
+        folder = self.output / f"{row}-s{seed}"
+        return dataclasses.replace(
+            self.base,
+            method=ROWS[row].method,
+            backbone=self.backbone(row),
+            seed=seed,
+            output=str(folder),
+            resume=(folder / "last.pt").exists(),
+        )
+
+    def backbone(self, row: str) -> str:
+        """What the row stands on."""
+        return ROWS[row].backbone or self.base.backbone
+
+    def title(self, row: str) -> str:
+        """The row's name in the table."""
+        addition = ROWS[row].addition
+        return f"{self.backbone(row)} + {addition}" if addition else self.backbone(row)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What inference with a row's model takes, an image."""
+
+    parameters: int
+    flops: int
+    milliseconds: float
+
+
+@dataclass(frozen=True)
+class Line:
+    """A row with a finished run at least: accuracies in percent, one a seed."""
+
+    row: str
+    title: str
+    last: tuple[float, ...]
+    best: tuple[float, ...]
+    cost: Cost | None
+
+
+def finished(config: TrainConfig) -> dict[str, Any] | None:
+    """metrics.json of a run that is done, None if it is not.
+
+    Raises:
+        ValueError: if the folder holds a run of other settings.
+    """
+    folder = config.output_folder
+    if (folder / SETTINGS).exists():
+        _check_settings(config, json.loads((folder / SETTINGS).read_text()), folder)
+    if not (folder / METRICS).exists():
+        return None
+    metrics: dict[str, Any] = json.loads((folder / METRICS).read_text())
+    return metrics if metrics["epochs"] >= config.epochs else None
+
+
+def run(plan: Plan, world: World) -> list[Line]:
+    """Train what is not finished; the table is written anew after every run.
+
+    Raises:
+        ValueError, FileNotFoundError, TrainingError: as :func:`cin_fast.train.train`.
+    """
+    device = pick_device(plan.base.device, world)
+    runs = [(row, plan.config(row, seed)) for seed in plan.seeds for row in plan.rows]
+    # Decided before anything is trained, so that all processes of a launcher agree.
+    open_runs = [(row, config) for row, config in runs if finished(config) is None]
+    if world.main:
+        print(f"{len(runs)} runs, {len(runs) - len(open_runs)} of them finished", flush=True)
+    for number, (row, config) in enumerate(open_runs, 1):
+        if world.main:
+            print(f"\n== {number} of {len(open_runs)}: {plan.title(row)}, seed {config.seed} ==")
+        train(config)
+        if world.main and number < len(open_runs):
+            write_table(plan, lines(plan))
+    if not world.main:
+        return []
+    table = lines(plan, costs(plan, device))
+    write_table(plan, table)
+    return table
+
+
+def lines(plan: Plan, costs: Mapping[str, Cost] | None = None) -> list[Line]:
+    """The rows that have at least one finished run; without costs while more are to come."""
+    found: list[Line] = []
+    for row in plan.rows:
+        done = [finished(plan.config(row, seed)) for seed in plan.seeds]
+        metrics = [one for one in done if one is not None]
+        if metrics:
+            last = tuple(100 * one["test_top1"] for one in metrics)
+            best = tuple(100 * one["best_test_top1"] for one in metrics)
+            found.append(Line(row, plan.title(row), last, best, costs[row] if costs else None))
+    return found
+
+
+def costs(plan: Plan, device: torch.device) -> dict[str, Cost]:
+    """Parameters, operations and time of every row's model."""
+    size, classes = plan.base.image_size, _num_classes(plan)
+    models = {
+        row: build_model(
+            ROWS[row].method,
+            classes,
+            plan.backbone(row),
+            pooled=plan.base.pooled,
+            embedding_dim=plan.base.embedding_dim,
+        )
+        .to(device)
+        .eval()
+        for row in plan.rows
+    }
+    times = cost.milliseconds_per_image(models, size, device)
+    return {
+        row: Cost(cost.parameters(model), cost.model_flops(model, size, device), times[row])
+        for row, model in models.items()
+    }
+
+
+def write_table(plan: Plan, table: Sequence[Line]) -> None:
+    """table1.md and table1.csv under the plan's output."""
+    write_text(plan.output / "table1.md", markdown(plan, table))
+    write_text(plan.output / "table1.csv", comma_separated(plan, table))
+
+
+def markdown(plan: Plan, table: Sequence[Line]) -> str:
+    """The table with what is needed to repeat it."""
+    rows = ["| " + " | ".join(_HEADER) + " |", "|" + " --- |" * len(_HEADER)]
+    plain = next((line for line in table if line.row == "plain"), None)
+    rows += ["| " + " | ".join(_cells(line, plain)) + " |" for line in table]
+    base, seeds = plan.base, " ".join(map(str, plan.seeds))
+    notes = (
+        f"Test top-1 in percent on {base.dataset}, mean and sample deviation over seeds {seeds}, "
+        f"after {base.epochs} epochs at {base.image_size} pixels, weights: {base.weights}. "
+        f"Times: median of interleaved forward passes of 8 images on {device_name()}; the paper's "
+        "are from a TITAN Xp. An operation is a multiplication or an addition. "
+        f"Commit {git_commit()}; settings in table1.json."
+    )
+    return "\n".join([*rows, "", notes]) + "\n"
+
+
+def comma_separated(plan: Plan, table: Sequence[Line]) -> str:
+    """The same with a column for each seed."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    seeds = [f"{kind}_s{seed}" for kind in ("last", "best") for seed in plan.seeds]
+    header = ["row", "system", "paper_top1", "paper_ms", "parameters", "operations", "ms"]
+    writer.writerow([*header, *seeds])
+    for line in table:
+        row, cost_of = ROWS[line.row], line.cost
+        numbers = [cost_of.parameters, cost_of.flops, cost_of.milliseconds] if cost_of else [""] * 3
+        blank = [""] * (len(plan.seeds) - len(line.last))
+        accuracies = [*line.last, *blank, *line.best, *blank]
+        writer.writerow([line.row, line.title, row.paper_top1, row.paper_ms, *numbers, *accuracies])
+    return text.getvalue()
+
+
+def _cells(line: Line, plain: Line | None) -> list[str]:
+    row, mean = ROWS[line.row], statistics.mean(line.last)
+    cells = [
+        line.title,
+        f"{row.paper_top1:.1f}",
+        _spread(line.last),
+        _spread(line.best),
+        f"{mean - statistics.mean(plain.last):+.2f}" if plain else "",
+    ]
+    if line.cost is None:
+        cells += [""] * 4
+    else:
+        cells += [
+            f"{line.cost.parameters / 1e6:.1f}",
+            f"{line.cost.flops / 1e9:.2f}",
+            f"{line.cost.milliseconds:.2f}",
+            f"{line.cost.milliseconds / plain.cost.milliseconds:.2f}"
+            if plain and plain.cost
+            else "",
+        ]
+    return [*cells, f"{row.paper_ms / ROWS['plain'].paper_ms:.2f}"]
+
+
+def _spread(values: Sequence[float]) -> str:
+    mean = f"{statistics.mean(values):.2f}"
+    return f"{mean} ± {statistics.stdev(values):.2f}" if len(values) > 1 else f"{mean} (1 seed)"
+
+
+def _num_classes(plan: Plan) -> int:
+    for row in plan.rows:
+        for seed in plan.seeds:
+            metrics = finished(plan.config(row, seed))
+            if metrics is not None:
+                return int(metrics["num_classes"])
+    raise ValueError(f"no finished run in {plan.output}")
+
+
+def _check_settings(config: TrainConfig, held: dict[str, Any], folder: Path) -> None:
+    for name, value in dataclasses.asdict(config).items():
+        if name not in _INDIFFERENT and held.get(name, value) != value:
+            raise ValueError(
+                f"--output: {folder} was run with {name} = {held[name]}, not {value}; choose "
+                "another --output, or the same settings"
+            )
+
+
+def parse(argv: Sequence[str] | None = None) -> Plan:
+    """The plan of a command line.
+
+    Raises:
+        ValueError: naming the option and what was found.
+    """
+    options, rest = _parser().parse_known_args(argv)
+    for name in _SET_HERE:
+        if any(word.partition("=")[0] in (f"--{name}", f"--no-{name}") for word in rest):
+            raise ValueError(f"--{name}: cin-fast-reproduce sets it for each run itself")
+    base = configs.parse(rest)
+    for row in options.rows or ():
+        if row not in ROWS:
+            raise ValueError(f"--rows: expected some of {', '.join(ROWS)}, found {row!r}")
+    if len(set(options.seeds)) < len(options.seeds):
+        raise ValueError(f"--seeds: expected each once, found {options.seeds}")
+    everything = base.backbone == _PAPER_BACKBONE
+    default = [row for row, what in ROWS.items() if everything or what.backbone is None]
+    return Plan(base, tuple(options.rows or default), tuple(options.seeds), options.output)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="cin-fast-reproduce",
+        description="Run the systems of the paper's Table 1 under one recipe, and write the table. "
+        "Finished runs are skipped and a broken one goes on, so the same command may be repeated.",
+        epilog="Every other option is one of cin-fast-train's, with its default, and holds for all "
+        "rows. example: cin-fast-reproduce table1 --dataset cub --seeds 0 1 2; with several GPUs: "
+        "torchrun --nproc-per-node=4 -m cin_fast.reproduce table1 ...",
+        allow_abbrev=False,
+    )
+    parser.add_argument("table", choices=["table1"], help="which table")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N",
+                        help="one run of each row for each (default: 0 1 2)")  # fmt: skip
+    parser.add_argument("--rows", nargs="+", metavar="ROW",
+                        help=f"some of {', '.join(ROWS)} (default: all; with a --backbone other "
+                        f"than {_PAPER_BACKBONE}, those without one of their own)")  # fmt: skip
+    parser.add_argument("--output", type=Path, default=Path("runs/table1"), metavar="DIR",
+                        help="folder of all runs and the table (default: runs/table1)")  # fmt: skip
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; prints errors as one line and returns 2 for them."""
+    try:
+        plan = parse(argv)
+        world = world_of_process()
+        if world.main:
+            plan.output.mkdir(parents=True, exist_ok=True)
+            write_text(plan.output / "table1.json", plan.base.to_json() + "\n")
+        table = run(plan, world)
+    except (ValueError, FileNotFoundError, TrainingError) as error:
+        return _fail(str(error))
+    except OSError as error:
+        return _fail(f"{error.strerror or error} {error.filename or ''}".strip())
+    except KeyboardInterrupt:
+        return _fail("stopped; the same command goes on", code=130)
+    if table:
+        print("\n" + markdown(plan, table))
+        print(f"{plan.output / 'table1.md'}\n{plan.output / 'table1.csv'}")
+    return 0
+
+
+def _fail(message: str, code: int = 2) -> int:
+    print(f"cin-fast-reproduce: error: {message}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

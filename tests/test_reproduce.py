@@ -1,0 +1,138 @@
+"""cin-fast-reproduce: every row trained once, finished ones skipped, and the table's numbers."""
+
+import csv
+import dataclasses
+import json
+import re
+import statistics
+
+import pytest
+import torch
+from small_run import SMALL
+
+from cin_fast import cost, reproduce
+from cin_fast.models import METHODS, build_model
+from cin_fast.reproduce import ROWS, Cost, Line, comma_separated, main, markdown, parse
+
+
+def arguments(images, output, *more):
+    options = [part for option in SMALL.items() for part in option]
+    return ["table1", "--data-root", str(images), "--output", str(output), *options, *more]
+
+
+def test_the_rows_are_the_papers():
+    assert {row.method for row in ROWS.values()} == set(METHODS)
+    assert (ROWS["cin"].paper_top1, ROWS["cin"].paper_ms) == (87.5, 17.2)
+    assert (ROWS["plain"].paper_top1, ROWS["plain"].paper_ms) == (84.9, 12.5)
+
+
+def test_another_backbone_leaves_out_rows_with_one_of_their_own():
+    names = parse(["table1", "--backbone", "resnet18"]).rows
+    assert set(names) == set(ROWS) - {"vgg19", "resnet101", "resnet101-cin"}
+    assert parse(["table1"]).rows == tuple(ROWS)
+
+
+@pytest.mark.slow
+def test_two_rows_and_two_seeds(images, tmp_path, capsys, monkeypatch):
+    output = tmp_path / "table"
+    line = arguments(images, output, "--rows", "plain", "cin", "--seeds", "0", "5", "--epochs", "1")
+    assert main(line) == 0
+    printed = capsys.readouterr().out
+    assert "4 runs, 0 of them finished" in printed
+    assert "resnet18 + CIN, seed 5" in printed
+    rows = list(csv.DictReader((output / "table1.csv").open()))
+    assert [row["row"] for row in rows] == ["plain", "cin"]
+    for row in rows:
+        for seed in (0, 5):
+            metrics = json.loads((output / f"{row['row']}-s{seed}" / "metrics.json").read_text())
+            assert float(row[f"last_s{seed}"]) == pytest.approx(100 * metrics["test_top1"])
+            assert metrics["seed"] == seed
+        assert float(row["ms"]) > 0
+    table = (output / "table1.md").read_text()
+    assert "resnet18 + CIN" in table
+    assert "seeds 0 5" in table
+
+    monkeypatch.setattr(reproduce, "train", lambda config: pytest.fail("trained a finished run"))
+    assert main(line) == 0
+    assert "4 runs, 4 of them finished" in capsys.readouterr().out
+    # Other settings under the same folder are not the same experiment.
+    assert main([*line, "--lr", "0.5"]) == 2
+    assert "was run with lr = 0.001, not 0.5" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_stopped_run_goes_on(images, tmp_path, capsys, monkeypatch):
+    line = arguments(images, tmp_path, "--rows", "plain", "--seeds", "0", "--epochs", "2")
+    plan = parse(line)
+    config = plan.config("plain", 0)
+
+    def stop(trainer):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        from cin_fast.train import Trainer
+
+        one_epoch = Trainer.one_epoch
+        patch.setattr(
+            Trainer, "one_epoch",
+            lambda self, *loaders: stop(self) if self.epoch else one_epoch(self, *loaders),
+        )  # fmt: skip
+        assert main(line) == 130
+    assert reproduce.finished(config) is None
+    assert plan.config("plain", 0).resume
+    assert main(line) == 0
+    assert json.loads((tmp_path / "plain-s0" / "metrics.json").read_text())["epochs"] == 2
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--rows", "cinn"], "--rows: expected some of vgg19, .*found 'cinn'"),
+        (["--seed", "3"], "--seed: cin-fast-reproduce sets it for each run itself"),
+        (["--method=cin"], "--method: cin-fast-reproduce sets it"),
+        (["--seeds", "1", "1"], "--seeds: expected each once"),
+        (["--lr", "-1"], "--lr: expected above 0"),
+        (["--data-root", "nowhere", "--dataset", "cub"], "nowhere"),
+    ],
+)
+def test_what_it_refuses(images, tmp_path, capsys, more, message):
+    assert main(arguments(images, tmp_path, *more)) == 2
+    error = capsys.readouterr().err
+    assert re.search(message, error), error
+    assert error.count("\n") == 1
+
+
+def table_of(tmp_path, plain_ms, cin_ms):
+    plan = parse(["table1", "--seeds", "0", "1", "--output", str(tmp_path)])
+    return plan, [
+        Line("plain", "resnet50", (40.0, 44.0), (45.0, 46.0), Cost(10**6, 2 * 10**9, plain_ms)),
+        Line("cin", "resnet50 + CIN", (47.0, 48.0), (49.0, 50.0), Cost(10**6, 10**9, cin_ms)),
+    ]
+
+
+def test_the_table_holds_means_deviations_and_ratios(tmp_path):
+    text = markdown(*table_of(tmp_path, 10.0, 10.5))
+    cells = [cell.strip() for cell in text.splitlines()[3].strip("|").split("|")]
+    assert cells == [
+        "resnet50 + CIN", "87.5", f"47.50 ± {statistics.stdev([47, 48]):.2f}", "49.50 ± 0.71",
+        "+5.50", "1.0", "1.00", "10.50", "1.05", "1.38",
+    ]  # fmt: skip
+
+
+def test_a_row_without_all_seeds_says_so(tmp_path):
+    plan, table = table_of(tmp_path, 1.0, 1.0)
+    table[1] = dataclasses.replace(table[1], last=(47.0,), best=(49.0,), cost=None)
+    assert "47.00 (1 seed)" in markdown(plan, table)
+    rows = list(csv.DictReader(comma_separated(plan, table).splitlines()))
+    assert (rows[1]["last_s0"], rows[1]["last_s1"], rows[1]["best_s0"]) == ("47.0", "", "49.0")
+
+
+def test_operations_are_counted_by_hand():
+    plain, sci = (build_model(name, 10, "resnet18").eval() for name in ("plain", "sci"))
+    device = torch.device("cpu")
+    extra = cost.model_flops(sci, 64, device) - cost.model_flops(plain, 64, device)
+    # At 64 pixels the map is 2 x 2: W from 4 positions, applied to 9 columns; then phi's means.
+    assert extra == cost.sci_flops((1, 512, 4), (1, 512, 9)) + 2 * 512 * 512 * 9
+    # ResNet-18 at 224 pixels: 1.81 G multiply-adds (He et al.), 1.82 with the last layer.
+    full = build_model("plain", 1000, "resnet18").eval()
+    assert cost.model_flops(full, 224, device) == pytest.approx(2 * 1.814e9, rel=2e-3)
