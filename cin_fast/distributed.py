@@ -37,9 +37,9 @@ def world_of_process() -> World:
 
 @contextmanager
 def join(device: str) -> Iterator[World]:
-    """Join the other processes that torchrun started, or be the only one."""
+    """Join the other processes that torchrun started, or be the only one; may be nested."""
     world = world_of_process()
-    if world.size == 1:
+    if world.size == 1 or dist.is_initialized():
         yield world
         return
     dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")

@@ -20,7 +20,7 @@ from cin_fast import config as configs
 from cin_fast import cost
 from cin_fast.checkpoint import write_text
 from cin_fast.config import TrainConfig
-from cin_fast.distributed import World, pick_device, world_of_process
+from cin_fast.distributed import World, join, pick_device
 from cin_fast.info import device_name
 from cin_fast.models import build_model
 from cin_fast.records import METRICS, SETTINGS, git_commit
@@ -323,11 +323,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command; prints errors as one line and returns 2 for them."""
     try:
         plan = parse(argv)
-        world = world_of_process()
-        if world.main:
-            plan.output.mkdir(parents=True, exist_ok=True)
-            write_text(plan.output / "table1.json", plan.base.to_json() + "\n")
-        table = run(plan, world)
+        # Joined once for all runs: leaving and joining again between them is not reliable.
+        with join(plan.base.device) as world:
+            if world.main:
+                plan.output.mkdir(parents=True, exist_ok=True)
+                write_text(plan.output / "table1.json", plan.base.to_json() + "\n")
+            table = run(plan, world)
     except (ValueError, FileNotFoundError, TrainingError) as error:
         return _fail(str(error))
     except OSError as error:
