@@ -1,4 +1,10 @@
-"""The options of a run that takes a second or two."""
+"""A run that takes a second or two: its options, and how to start several processes."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 SMALL = {
     "--dataset": "folder",
@@ -18,3 +24,25 @@ def arguments(images, output, **changes):
     options = {**SMALL, "--data-root": str(images), "--output": str(output)}
     options |= {"--" + name.replace("_", "-"): str(value) for name, value in changes.items()}
     return [part for option in options.items() for part in option]
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return str(s.getsockname()[1])
+
+
+def torchrun(module, *arguments):
+    """A module under torchrun with two processes of a thread each."""
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2",
+        f"--master-port={free_port()}", "-m", module, *arguments,
+    ]  # fmt: skip
+    return subprocess.run(
+        command,
+        cwd=Path(__file__).resolve().parent.parent,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )

@@ -2,24 +2,15 @@
 
 import json
 import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from small_run import free_port, torchrun
 from torch import distributed as dist
 from torch import multiprocessing, nn
 
 from cin_fast.distributed import World, join, pick_device
 from cin_fast.models import build_model
-
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return str(s.getsockname()[1])
 
 
 def make_batch():
@@ -71,17 +62,11 @@ def test_two_processes_are_one_on_the_joined_batch(tmp_path):
 @pytest.mark.slow
 def test_torchrun_trains_and_only_the_first_process_writes(tmp_path):
     run = tmp_path / "run"
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2",
-        f"--master-port={free_port()}", "-m", "cin_fast.train", "--dataset", "synthetic",
-        "--image-size", "32", "--backbone", "resnet18", "--weights", "none", "--epochs", "1",
-        "--workers", "0", "--embedding-dim", "8", "--device", "cpu", "--output", str(run),
-    ]  # fmt: skip
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    checkout = Path(__file__).resolve().parent.parent
-    result = subprocess.run(
-        command, cwd=checkout, env=environment, capture_output=True, text=True, timeout=600
-    )
+    result = torchrun(
+        "cin_fast.train", "--dataset", "synthetic", "--image-size", "32", "--backbone", "resnet18",
+        "--weights", "none", "--epochs", "1", "--workers", "0", "--embedding-dim", "8",
+        "--device", "cpu", "--output", str(run),
+    )  # fmt: skip
     assert result.returncode == 0, result.stderr[-3000:]
     assert "global batch 40 = 2 x 4 classes x 5 images, 20 pairs" in result.stdout
     assert result.stdout.count("everything of this run goes to") == 1

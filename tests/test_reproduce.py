@@ -8,7 +8,7 @@ import statistics
 
 import pytest
 import torch
-from small_run import SMALL
+from small_run import SMALL, torchrun
 
 from cin_fast import cost, reproduce
 from cin_fast.models import METHODS, build_model
@@ -82,6 +82,16 @@ def test_a_stopped_run_goes_on(images, tmp_path, capsys, monkeypatch):
     assert plan.config("plain", 0).resume
     assert main(line) == 0
     assert json.loads((tmp_path / "plain-s0" / "metrics.json").read_text())["epochs"] == 2
+
+
+@pytest.mark.slow
+def test_two_processes_share_each_run(images, tmp_path):
+    more = ("--rows", "plain", "--seeds", "0", "1", "--epochs", "1")
+    result = torchrun("cin_fast.reproduce", *arguments(images, tmp_path, *more))
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.stdout.count("2 runs, 0 of them finished") == 1
+    assert result.stdout.count("global batch 8 = 2 x 2 classes x 2 images") == 2
+    assert "| resnet18 |" in (tmp_path / "table1.md").read_text()
 
 
 @pytest.mark.parametrize(
