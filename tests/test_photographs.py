@@ -18,17 +18,17 @@ CLASSES = 4
 IMAGES = 6
 
 
+def read_table(path):
+    return dict(line.split(maxsplit=1) for line in path.read_text().splitlines())
+
+
 @pytest.fixture(scope="module")
 def few(grocery_root, tmp_path_factory):
     """The first classes, with a few photographs of each split, in the same layout."""
     root = tmp_path_factory.mktemp("photographs")
     (root / "images").symlink_to(grocery_root / "images")
-    tables = {
-        name: dict(
-            line.split(maxsplit=1) for line in (grocery_root / name).read_text().splitlines()
-        )
-        for name in ("images.txt", "image_class_labels.txt", "train_test_split.txt", "classes.txt")
-    }
+    names = ("images.txt", "image_class_labels.txt", "train_test_split.txt", "classes.txt")
+    tables = {name: read_table(grocery_root / name) for name in names}
     kept = []
     for label in map(str, range(1, CLASSES + 1)):
         for split in "10":
@@ -40,7 +40,7 @@ def few(grocery_root, tmp_path_factory):
             kept += ids[:IMAGES]
     for name, table in tables.items():
         keys = list(map(str, range(1, CLASSES + 1))) if name == "classes.txt" else kept
-        (root / name).write_text("".join(f"{key} {table[key]}" for key in keys))
+        (root / name).write_text("".join(f"{key} {table[key]}\n" for key in keys))
     return root
 
 
