@@ -1,0 +1,458 @@
+// |W_i - eta_i W_partner(i)| v_i and its gradient on the CPU.
+//
+// A job is a pair of images, or one image that is its own partner. Each tile of an image's x x^T is
+// computed once and serves four times: in both directions of the pair, and for row blocks I and J.
+// Legend as in sci.cpp; for an image, `other` is its partner.
+
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <torch/library.h>
+
+#include <optional>
+#include <tuple>
+
+#include "blocks.h"
+#include "kernels.h"
+
+namespace cin_fast {
+namespace {
+
+// Two images' tiles fill the cache sooner than one's.
+constexpr int64_t kLargestPairBlock = 64;
+
+struct Pair {
+  int64_t a, b;
+  int64_t images() const { return a == b ? 1 : 2; }
+};
+
+std::vector<Pair> make_pairs(const at::Tensor& partner) {
+  const at::Tensor contiguous = partner.contiguous();
+  const int64_t* of = contiguous.const_data_ptr<int64_t>();
+  const int64_t n = contiguous.numel();
+  std::vector<Pair> pairs;
+  for (int64_t i = 0; i < n; i++) {
+    TORCH_CHECK(of[i] >= 0 && of[i] < n && of[of[i]] == i,
+                "partner: expected an involution, found ", of[i], " at ", i);
+    if (i <= of[i]) pairs.push_back({i, of[i]});
+  }
+  return pairs;
+}
+
+struct Shape {
+  int64_t images, channels, depth, cols;
+};
+
+struct PairImage {
+  float *x_columns, *x_rows;
+  float *v_columns, *v_rows;
+  float *dy_columns, *dy_rows;
+  // Forward: y and b in the making. Backward: dx and dv.
+  float *acc, *acc2;
+  float *max, *argmax, *sum, *share, *share_rest, *delta, *zero, *deta;
+
+  RowStats stats(int64_t row) const {
+    return {max + row, share + row, share_rest + row, zero + row, delta + row};
+  }
+};
+
+class Pairs {
+ public:
+  Pairs(const Shape& shape, float scale, std::vector<Pair> pairs, const float* eta)
+      : isa_(kernels()),
+        shape_(shape),
+        depth_width_((shape.depth + isa_.width - 1) / isa_.width * isa_.width),
+        width_((shape.cols + isa_.width - 1) / isa_.width * isa_.width),
+        scale_(scale),
+        eta_(eta),
+        all_(std::move(pairs)),
+        blocks_(make_blocks(static_cast<int64_t>(all_.size()), shape.channels, kLargestPairBlock)) {
+  }
+
+ protected:
+  struct Tile {
+    float* t[6];
+    float *row_max, *col_max, *factor;
+  };
+
+  // setup(memory or null) returns the floats an image needs, having taken them.
+  int64_t pairs_in_flight() const {
+    return images_in_flight(static_cast<int64_t>(all_.size()), blocks_);
+  }
+
+  void make_tiles() {
+    const int64_t threads = at::get_num_threads(), size = blocks_.size;
+    tile_memory_.emplace(threads * (6 * size * size + 3 * size));
+    for (int64_t n = 0; n < threads; n++) {
+      Tile tile;
+      for (float*& t : tile.t) t = tile_memory_->take(size * size);
+      tile.row_max = tile_memory_->take(size);
+      tile.col_max = tile_memory_->take(size);
+      tile.factor = tile_memory_->take(size);
+      tiles_.push_back(tile);
+    }
+  }
+
+  void take_statistics(PairImage& image, Scratch& memory) const {
+    for (float** array : {&image.max, &image.argmax, &image.sum, &image.share, &image.share_rest,
+                          &image.delta, &image.zero, &image.deta})
+      *array = memory.take(blocks_.padded());
+  }
+
+  // Images of the pairs in flight: pair n holds images 2 n and 2 n + 1, the same if it is its own.
+  int64_t index(int64_t image) const {
+    const Pair& pair = pairs_[image / 2];
+    return image % 2 ? pair.b : pair.a;
+  }
+  PairImage& image(int64_t n) {
+    const Pair& pair = pairs_[n / 2];
+    return flight_[pair.a == pair.b ? n / 2 * 2 : n];
+  }
+  bool repeated(int64_t n) const { return n % 2 && pairs_[n / 2].a == pairs_[n / 2].b; }
+
+  template <typename Run>
+  void for_each_block(Run run) {
+    const int64_t images = 2 * static_cast<int64_t>(pairs_.size());
+    for_each_task(images * blocks_.count, [&](int64_t task, int64_t) {
+      const int64_t n = task / blocks_.count;
+      if (!repeated(n)) run(n, task % blocks_.count);
+    });
+  }
+
+  void gram(const PairImage& image, int64_t i, int64_t j, float* s) const {
+    isa_.gram(image.x_columns + blocks_.first(i) * shape_.depth,
+              image.x_columns + blocks_.first(j) * shape_.depth, blocks_.rows(i), blocks_.rows(j),
+              shape_.depth, s, blocks_.size);
+  }
+
+  const Kernels& isa_;
+  const Shape shape_;
+  const int64_t depth_width_, width_;
+  const float scale_;
+  const float* eta_;
+  const std::vector<Pair> all_;
+  const Blocks blocks_;
+  std::vector<Pair> pairs_;
+  std::vector<PairImage> flight_;
+  std::vector<Tile> tiles_;
+  std::optional<Scratch> tile_memory_;
+};
+
+class PairsForward : Pairs {
+ public:
+  struct Data {
+    const float *x, *v;
+    float *y, *b, *row_argmax, *row_sum;
+  };
+  PairsForward(const Shape& shape, float scale, std::vector<Pair> pairs, const float* eta,
+               const Data& data)
+      : Pairs(shape, scale, std::move(pairs), eta), data_(data) {}
+
+  void run() {
+    const int64_t group = pairs_in_flight(), rows = blocks_.padded();
+    Scratch memory(2 * group * rows * (shape_.depth + 3 * width_ + 8));
+    for (int64_t n = 0; n < 2 * group; n++) {
+      PairImage image{};
+      image.x_columns = memory.take(rows * shape_.depth);
+      image.v_rows = memory.take(rows * width_);
+      image.acc = memory.take(rows * width_);
+      image.acc2 = memory.take(rows * width_);
+      take_statistics(image, memory);
+      flight_.push_back(image);
+    }
+    make_tiles();
+    const int64_t total = static_cast<int64_t>(all_.size());
+    for (int64_t first = 0; first < total; first += group) {
+      pairs_.assign(all_.begin() + first, all_.begin() + std::min(first + group, total));
+      const int64_t n = static_cast<int64_t>(pairs_.size());
+      for_each_block([&](int64_t image, int64_t block) { pack(image, block); });
+      for_each_tile_pair(2 * n, blocks_,
+                         [&](int64_t image, int64_t i, int64_t j, int64_t round, int64_t thread) {
+                           if (!repeated(image))
+                             statistics(image, i, j, round == 0, tiles_[thread]);
+                         });
+      for_each_block([&](int64_t image, int64_t block) { shares(image, block); });
+      for_each_tile_pair(n, blocks_,
+                         [&](int64_t pair, int64_t i, int64_t j, int64_t round, int64_t thread) {
+                           tile_pair(pair, i, j, round == 0, tiles_[thread]);
+                         });
+      for_each_block([&](int64_t image, int64_t block) { finish(image, block); });
+    }
+  }
+
+ private:
+  void pack(int64_t n, int64_t block) {
+    const PairImage& packed = image(n);
+    const int64_t row = blocks_.first(block), rows = blocks_.rows(block);
+    const int64_t source = index(n) * blocks_.channels + row;
+    isa_.pack_columns(data_.x + source * shape_.depth, shape_.depth, rows, shape_.depth,
+                      packed.x_columns + row * shape_.depth);
+    isa_.pack_rows(data_.v + source * shape_.cols, shape_.cols, rows, shape_.cols,
+                   packed.v_rows + row * width_);
+  }
+
+  void statistics(int64_t n, int64_t i, int64_t j, bool first, const Tile& tile) {
+    const PairImage& sums = image(n);
+    float* s = tile.t[0];
+    const int64_t ld = blocks_.size, row = blocks_.first(i), col = blocks_.first(j);
+    const int64_t rows = blocks_.rows(i), cols = blocks_.rows(j);
+    gram(sums, i, j, s);
+    isa_.scale_and_max(s, rows, cols, ld, scale_, tile.row_max, tile.col_max);
+    isa_.merge_max(s, rows, cols, ld, false, tile.row_max, col, first, sums.max + row,
+                   sums.argmax + row, sums.sum + row, tile.factor);
+    isa_.exponentials(s, rows, cols, ld, sums.max + row, nullptr, sums.sum + row);
+    if (i == j) return;
+    isa_.merge_max(s, rows, cols, ld, true, tile.col_max, row, first, sums.max + col,
+                   sums.argmax + col, sums.sum + col, tile.factor);
+    isa_.mirrored_exponentials(s, rows, cols, ld, sums.max + col, nullptr, sums.sum + col);
+  }
+
+  void shares(int64_t n, int64_t block) {
+    const PairImage& sums = image(n);
+    const int64_t row = blocks_.first(block), rows = blocks_.rows(block);
+    const int64_t target = index(n) * blocks_.channels + row;
+    reciprocals(sums.sum + row, rows, sums.share + row, sums.share_rest + row);
+    std::copy_n(sums.argmax + row, rows, data_.row_argmax + target);
+    std::copy_n(sums.sum + row, rows, data_.row_sum + target);
+  }
+
+  void tile_pair(int64_t pair, int64_t i, int64_t j, bool first, const Tile& tile) {
+    const int64_t images = pairs_[pair].images();
+    const PairImage* side[2] = {&image(2 * pair), &image(2 * pair + 1)};
+    float* s[2] = {tile.t[0], tile.t[images - 1]};
+    for (int64_t n = 0; n < images; n++) gram(*side[n], i, j, s[n]);
+    for (int64_t n = 0; n < images; n++) {
+      const float eta = eta_[index(2 * pair + n)];
+      weigh(*side[n], *side[1 - n], s[n], s[1 - n], eta, i, j, false, first, tile);
+      if (i != j) weigh(*side[n], *side[1 - n], s[n], s[1 - n], eta, i, j, true, first, tile);
+    }
+  }
+
+  void weigh(const PairImage& own, const PairImage& other, const float* s, const float* other_s,
+             float eta, int64_t i, int64_t j, bool mirrored, bool first, const Tile& tile) {
+    const int64_t ld = blocks_.size, row = blocks_.first(i), col = blocks_.first(j);
+    const int64_t rows = blocks_.rows(i), cols = blocks_.rows(j);
+    float *a = tile.t[2], *b = tile.t[3];
+    const int64_t to = mirrored ? col : row, from = mirrored ? row : col;
+    isa_.cci_weights(s, other_s, own.stats(to), other.stats(to), mirrored, eta, rows, cols, ld,
+                     scale_, a, b);
+    const auto multiply = mirrored ? isa_.multiply_transposed : isa_.multiply;
+    const int64_t n = mirrored ? cols : rows, depth = mirrored ? rows : cols;
+    multiply(a, ld, own.v_rows + from * width_, n, shape_.cols, depth, own.acc + to * width_,
+             width_, !first);
+    multiply(b, ld, own.v_rows + from * width_, n, shape_.cols, depth, own.acc2 + to * width_,
+             width_, !first);
+  }
+
+  void finish(int64_t n, int64_t block) {
+    const PairImage& sums = image(n);
+    const int64_t row = blocks_.first(block), rows = blocks_.rows(block);
+    for (int64_t r = row; r < row + rows; r++) {
+      const int64_t target = (index(n) * blocks_.channels + r) * shape_.cols;
+      std::copy_n(sums.acc + r * width_, shape_.cols, data_.y + target);
+      std::copy_n(sums.acc2 + r * width_, shape_.cols, data_.b + target);
+    }
+  }
+
+  const Data data_;
+};
+
+class PairsBackward : Pairs {
+ public:
+  struct Data {
+    const float *dy, *x, *v, *row_argmax, *row_sum;
+    // Null where v is x.
+    float* dv;
+    float *dx, *deta;
+  };
+  PairsBackward(const Shape& shape, float scale, std::vector<Pair> pairs, const float* eta,
+                const Data& data)
+      : Pairs(shape, scale, std::move(pairs), eta), data_(data) {}
+
+  void run() {
+    const int64_t group = pairs_in_flight(), rows = blocks_.padded();
+    const int64_t depth = shape_.depth, cols = shape_.cols;
+    Scratch memory(2 * group * rows * (depth + 2 * depth_width_ + cols + width_ + 8) +
+                   (data_.dv ? 2 * group * rows * (cols + width_) : 0));
+    for (int64_t n = 0; n < 2 * group; n++) {
+      PairImage image{};
+      image.x_columns = memory.take(rows * depth);
+      image.x_rows = memory.take(rows * depth_width_);
+      image.dy_columns = memory.take(rows * cols);
+      image.dy_rows = memory.take(rows * width_);
+      image.acc = memory.take(rows * depth_width_);
+      image.v_columns = data_.dv ? memory.take(rows * cols) : image.x_columns;
+      image.acc2 = data_.dv ? memory.take(rows * width_) : image.acc;
+      take_statistics(image, memory);
+      flight_.push_back(image);
+    }
+    make_tiles();
+    const int64_t total = static_cast<int64_t>(all_.size());
+    for (int64_t first = 0; first < total; first += group) {
+      pairs_.assign(all_.begin() + first, all_.begin() + std::min(first + group, total));
+      const int64_t n = static_cast<int64_t>(pairs_.size());
+      for_each_block([&](int64_t image, int64_t block) { pack(image, block); });
+      for_each_tile_pair(n, blocks_,
+                         [&](int64_t pair, int64_t i, int64_t j, int64_t, int64_t thread) {
+                           gather_delta(pair, i, j, tiles_[thread]);
+                         });
+      for_each_tile_pair(n, blocks_,
+                         [&](int64_t pair, int64_t i, int64_t j, int64_t round, int64_t thread) {
+                           tile_pair(pair, i, j, round == 0, tiles_[thread]);
+                         });
+      for_each_block([&](int64_t image, int64_t block) { finish(image, block); });
+      for (int64_t image = 0; image < 2 * n; image++) finish_eta(image);
+    }
+  }
+
+ private:
+  void pack(int64_t n, int64_t block) {
+    const PairImage& packed = image(n);
+    const int64_t row = blocks_.first(block), rows = blocks_.rows(block);
+    const int64_t depth = shape_.depth, cols = shape_.cols;
+    const int64_t first = index(n) * blocks_.channels, source = first + row;
+    isa_.pack_columns(data_.x + source * depth, depth, rows, depth, packed.x_columns + row * depth);
+    isa_.pack_rows(data_.x + source * depth, depth, rows, depth,
+                   packed.x_rows + row * depth_width_);
+    isa_.pack_columns(data_.dy + source * cols, cols, rows, cols, packed.dy_columns + row * cols);
+    isa_.pack_rows(data_.dy + source * cols, cols, rows, cols, packed.dy_rows + row * width_);
+    if (data_.dv)
+      isa_.pack_columns(data_.v + source * cols, cols, rows, cols, packed.v_columns + row * cols);
+    for (float* array :
+         {packed.argmax, packed.share, packed.share_rest, packed.delta, packed.zero, packed.deta})
+      std::fill_n(array + row, blocks_.size, 0.0f);
+    std::copy_n(data_.row_argmax + source, rows, packed.argmax + row);
+    reciprocals(data_.row_sum + source, rows, packed.share + row, packed.share_rest + row);
+    isa_.max_logits(packed.x_columns + row * depth, data_.x + first * depth, packed.argmax + row,
+                    rows, depth, scale_, packed.max + row);
+  }
+
+  PairSide side(int64_t pair, int64_t n, int64_t i, int64_t j, const Tile& tile) {
+    const PairImage& packed = image(2 * pair + n);
+    const int64_t ld = blocks_.size, row = blocks_.first(i), col = blocks_.first(j);
+    const int64_t rows = blocks_.rows(i), cols = blocks_.rows(j), k = shape_.cols;
+    const int64_t at = 3 * (pairs_[pair].images() - 1) * n;
+    PairSide side{tile.t[at],         tile.t[at + 1],
+                  tile.t[at + 2],     packed.stats(row),
+                  packed.stats(col),  eta_[index(2 * pair + n)],
+                  packed.delta + row, i == j ? nullptr : packed.delta + col,
+                  packed.deta + row};
+    if (n < pairs_[pair].images()) {
+      gram(packed, i, j, side.s);
+      isa_.gram(packed.dy_columns + row * k, packed.v_columns + col * k, rows, cols, k, side.e, ld);
+      isa_.gram(packed.v_columns + row * k, packed.dy_columns + col * k, rows, cols, k, side.f, ld);
+    }
+    return side;
+  }
+
+  void gather_delta(int64_t pair, int64_t i, int64_t j, const Tile& tile) {
+    const PairSide a = side(pair, 0, i, j, tile), b = side(pair, 1, i, j, tile);
+    isa_.cci_delta(a, b, blocks_.rows(i), blocks_.rows(j), blocks_.size, scale_);
+  }
+
+  void tile_pair(int64_t pair, int64_t i, int64_t j, bool first, const Tile& tile) {
+    const PairSide sides[2] = {side(pair, 0, i, j, tile), side(pair, 1, i, j, tile)};
+    isa_.cci_gradient(sides[0], sides[1], blocks_.rows(i), blocks_.rows(j), blocks_.size, scale_);
+    for (int64_t n = 0; n < pairs_[pair].images(); n++)
+      add_products(image(2 * pair + n), sides[n], i, j, first);
+  }
+
+  void add_products(const PairImage& packed, const PairSide& side, int64_t i, int64_t j,
+                    bool first) {
+    const int64_t ld = blocks_.size, row = blocks_.first(i), col = blocks_.first(j);
+    const int64_t rows = blocks_.rows(i), cols = blocks_.rows(j);
+    const int64_t depth = shape_.depth, k = shape_.cols;
+    const bool add_dv = !first || !data_.dv;
+    isa_.multiply(side.s, ld, packed.x_rows + col * depth_width_, rows, depth, cols,
+                  packed.acc + row * depth_width_, depth_width_, !first);
+    isa_.multiply(side.f, ld, packed.dy_rows + col * width_, rows, k, cols,
+                  packed.acc2 + row * width_, width_, add_dv);
+    if (i == j) return;
+    isa_.multiply_transposed(side.s, ld, packed.x_rows + row * depth_width_, cols, depth, rows,
+                             packed.acc + col * depth_width_, depth_width_, !first);
+    isa_.multiply_transposed(side.e, ld, packed.dy_rows + row * width_, cols, k, rows,
+                             packed.acc2 + col * width_, width_, add_dv);
+  }
+
+  void finish(int64_t n, int64_t block) {
+    const PairImage& sums = image(n);
+    const int64_t row = blocks_.first(block), rows = blocks_.rows(block);
+    for (int64_t r = row; r < row + rows; r++) {
+      const int64_t target = index(n) * blocks_.channels + r;
+      std::copy_n(sums.acc + r * depth_width_, shape_.depth, data_.dx + target * shape_.depth);
+      if (data_.dv)
+        std::copy_n(sums.acc2 + r * width_, shape_.cols, data_.dv + target * shape_.cols);
+    }
+  }
+
+  void finish_eta(int64_t n) {
+    double sum = 0;
+    for (int64_t r = 0; r < blocks_.channels; r++) sum += image(n).deta[r];
+    data_.deta[index(n)] = static_cast<float>(-sum);
+  }
+
+  const Data data_;
+};
+
+at::Tensor wide(const at::Tensor& t) { return t.to(at::kFloat).contiguous(); }
+
+void check(const at::Tensor& x, const at::Tensor& partner, const at::Tensor& eta) {
+  TORCH_CHECK(
+      x.dim() == 3 && partner.sizes() == x.sizes().slice(0, 1) && eta.sizes() == partner.sizes(),
+      "cpu_cci: expected x (B, C, L), partner (B,), eta (B,), found ", x.sizes(), ", ",
+      partner.sizes(), ", ", eta.sizes());
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> cci(const at::Tensor& x,
+                                                               const at::Tensor& partner,
+                                                               const at::Tensor& eta,
+                                                               const std::optional<at::Tensor>& v,
+                                                               double scale) {
+  check(x, partner, eta);
+  const at::Tensor wide_x = wide(x), wide_v = v ? wide(*v) : wide_x, wide_eta = wide(eta);
+  at::Tensor y = at::empty_like(wide_v), b = at::empty_like(wide_v);
+  at::Tensor row_argmax = at::empty({x.size(0), x.size(1)}, wide_x.options());
+  at::Tensor row_sum = at::empty_like(row_argmax);
+  const Shape shape{x.size(0), x.size(1), x.size(2), wide_v.size(2)};
+  const PairsForward::Data data{
+      wide_x.const_data_ptr<float>(),       wide_v.const_data_ptr<float>(),
+      y.mutable_data_ptr<float>(),          b.mutable_data_ptr<float>(),
+      row_argmax.mutable_data_ptr<float>(), row_sum.mutable_data_ptr<float>()};
+  if (x.size(0) > 0)
+    PairsForward(shape, static_cast<float>(scale), make_pairs(partner),
+                 wide_eta.const_data_ptr<float>(), data)
+        .run();
+  return {y.to(x.scalar_type()), b.to(x.scalar_type()), row_argmax, row_sum};
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> cci_backward(
+    const at::Tensor& dy, const at::Tensor& x, const at::Tensor& partner, const at::Tensor& eta,
+    const std::optional<at::Tensor>& v, const at::Tensor& y, const at::Tensor& b,
+    const at::Tensor& row_argmax, const at::Tensor& row_sum, double scale) {
+  check(x, partner, eta);
+  const at::Tensor wide_x = wide(x), wide_dy = wide(dy), wide_eta = wide(eta);
+  const at::Tensor wide_v = v ? wide(*v) : wide_x;
+  at::Tensor dx = at::empty_like(wide_x);
+  at::Tensor dv = v ? at::empty_like(wide_v) : at::empty({0}, wide_x.options());
+  at::Tensor deta = at::empty_like(wide_eta);
+  const Shape shape{x.size(0), x.size(1), x.size(2), wide_v.size(2)};
+  const PairsBackward::Data data{
+      wide_dy.const_data_ptr<float>(), wide_x.const_data_ptr<float>(),
+      wide_v.const_data_ptr<float>(),  row_argmax.const_data_ptr<float>(),
+      row_sum.const_data_ptr<float>(), v ? dv.mutable_data_ptr<float>() : nullptr,
+      dx.mutable_data_ptr<float>(),    deta.mutable_data_ptr<float>()};
+  if (x.size(0) > 0)
+    PairsBackward(shape, static_cast<float>(scale), make_pairs(partner),
+                  wide_eta.const_data_ptr<float>(), data)
+        .run();
+  return {dx.to(x.scalar_type()), deta, dv.to(x.scalar_type())};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(cin_fast, CPU, m) {
+  m.impl("cpu_cci", &cci);
+  m.impl("cpu_cci_backward", &cci_backward);
+}
+
+}  // namespace cin_fast

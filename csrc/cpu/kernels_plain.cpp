@@ -1,0 +1,15 @@
+// The kernels for any processor.
+
+#include <cstdint>
+#include <cstring>
+
+#include "kernels.h"
+
+#define CIN_FAST_ISA plain
+#include "vec_plain.h"
+// Every kernel is written once, over that vector.
+#include "table.h"
+
+namespace cin_fast {
+const Kernels& plain_kernels() { return plain::kTable; }
+}  // namespace cin_fast

@@ -1,0 +1,102 @@
+// What happens to the tiles of two paired images in cci.
+
+#pragma once
+
+#include "rows.h"
+
+namespace cin_fast::CIN_FAST_ISA {
+
+inline void cci_weights(const float* own, const float* other, RowStats own_stats,
+                        RowStats other_stats, bool mirrored, float eta, int64_t rows, int64_t cols,
+                        int64_t ld, float scale, float* a, float* b) {
+  const auto weight_of = [&](const float* s, RowStats stats, int64_t r, int64_t j) {
+    const Vec t = load(s + r * ld + j) * splat(scale);
+    return mirrored ? col_weight(t, stats, j) : row_weight(t, stats, r);
+  };
+  for (int64_t r = 0; r < rows; r++) {
+    for (int64_t j = 0; j < cols; j += kWidth) {
+      const Vec p = weight_of(own, own_stats, r, j), q = weight_of(other, other_stats, r, j);
+      const Vec m = p - splat(eta) * q;
+      store(a + r * ld + j, abs(m));
+      store(b + r * ld + j, sign_times(m, q));
+    }
+  }
+}
+
+// Of one direction (a tile, or its mirror image) at one vector: both images' weights P, M, and the
+// gradient of their weights dP = sign(M) dY V^T - eta_other sign(M_other) dY_other V_other^T.
+struct PairGradient {
+  Vec p_a, p_b, m_a, m_b, dm_a, dm_b, dp_a, dp_b;
+};
+inline PairGradient pair_gradient(Vec p_a, Vec p_b, Vec e_a, Vec e_b, float eta_a, float eta_b) {
+  PairGradient g{p_a, p_b, p_a - splat(eta_a) * p_b, p_b - splat(eta_b) * p_a, {}, {}, {}, {}};
+  g.dm_a = sign_times(g.m_a, e_a);
+  g.dm_b = sign_times(g.m_b, e_b);
+  g.dp_a = g.dm_a - splat(eta_b) * g.dm_b;
+  g.dp_b = g.dm_b - splat(eta_a) * g.dm_a;
+  return g;
+}
+
+struct BothDirections {
+  PairGradient straight, mirrored;
+};
+inline BothDirections both_directions(const PairSide& a, const PairSide& b, int64_t ld, float scale,
+                                      int64_t r, int64_t j) {
+  const int64_t at = r * ld + j;
+  const Weights w_a = weights(load(a.s + at) * splat(scale), a.row, a.col, r, j);
+  const Weights w_b = weights(load(b.s + at) * splat(scale), b.row, b.col, r, j);
+  return {pair_gradient(w_a.p, w_b.p, load(a.e + at), load(b.e + at), a.eta, b.eta),
+          pair_gradient(w_a.q, w_b.q, load(a.f + at), load(b.f + at), a.eta, b.eta)};
+}
+
+inline void cci_delta(const PairSide& a, const PairSide& b, int64_t rows, int64_t cols, int64_t ld,
+                      float scale) {
+  const bool two = a.s != b.s;
+  const auto gather = [&](const PairSide& side, Vec row_delta, Vec row_deta, int64_t r) {
+    side.row_delta[r] += sum_lanes(row_delta);
+    side.row_deta[r] += sum_lanes(row_deta);
+  };
+  const auto add = [](float* sum, Vec v) { store(sum, load(sum) + v); };
+  for (int64_t r = 0; r < rows; r++) {
+    Vec delta_a = splat(0), delta_b = splat(0), deta_a = splat(0), deta_b = splat(0);
+    for (int64_t j = 0; j < cols; j += kWidth) {
+      const BothDirections g = both_directions(a, b, ld, scale, r, j);
+      const auto within = [&](Vec v) { return first_lanes(cols - j, v, splat(0)); };
+      delta_a = delta_a + within(g.straight.p_a * g.straight.dp_a);
+      delta_b = delta_b + within(g.straight.p_b * g.straight.dp_b);
+      deta_a = deta_a + within(g.straight.dm_a * g.straight.p_b);
+      deta_b = deta_b + within(g.straight.dm_b * g.straight.p_a);
+      if (!a.col_delta) continue;
+      deta_a = deta_a + within(g.mirrored.dm_a * g.mirrored.p_b);
+      deta_b = deta_b + within(g.mirrored.dm_b * g.mirrored.p_a);
+      add(a.col_delta + j, g.mirrored.p_a * g.mirrored.dp_a);
+      if (two) add(b.col_delta + j, g.mirrored.p_b * g.mirrored.dp_b);
+    }
+    gather(a, delta_a, deta_a, r);
+    if (two) gather(b, delta_b, deta_b, r);
+  }
+}
+
+inline void cci_gradient(const PairSide& a, const PairSide& b, int64_t rows, int64_t cols,
+                         int64_t ld, float scale) {
+  const auto write = [&](const PairSide& side, int64_t r, int64_t j, Vec ds, Vec ds_mirrored, Vec m,
+                         Vec m_mirrored) {
+    const int64_t at = r * ld + j;
+    store(side.s + at, (ds + ds_mirrored) * splat(scale));
+    store(side.e + at, abs(m));
+    store(side.f + at, abs(m_mirrored));
+  };
+  for (int64_t r = 0; r < rows; r++) {
+    for (int64_t j = 0; j < cols; j += kWidth) {
+      const BothDirections g = both_directions(a, b, ld, scale, r, j);
+      const Vec ds_a = g.straight.p_a * (g.straight.dp_a - splat(a.row.delta[r]));
+      const Vec ds_b = g.straight.p_b * (g.straight.dp_b - splat(b.row.delta[r]));
+      const Vec back_a = g.mirrored.p_a * (g.mirrored.dp_a - load(a.col.delta + j));
+      const Vec back_b = g.mirrored.p_b * (g.mirrored.dp_b - load(b.col.delta + j));
+      write(a, r, j, ds_a, back_a, g.straight.m_a, g.mirrored.m_a);
+      write(b, r, j, ds_b, back_b, g.straight.m_b, g.mirrored.m_b);
+    }
+  }
+}
+
+}  // namespace cin_fast::CIN_FAST_ISA

@@ -1,0 +1,37 @@
+// The kernels of one instruction set, by name.
+
+#pragma once
+
+#include "pairs.h"
+#include "rows.h"
+#include "tile.h"
+
+namespace cin_fast::CIN_FAST_ISA {
+
+#define CIN_FAST_NAME(isa) #isa
+#define CIN_FAST_EXPANDED_NAME(isa) CIN_FAST_NAME(isa)
+
+constexpr Kernels kTable = {
+    .name = CIN_FAST_EXPANDED_NAME(CIN_FAST_ISA),
+    .width = kWidth,
+    .pack_columns = pack_columns,
+    .pack_rows = pack_rows,
+    .gram = gram,
+    .multiply = multiply<false>,
+    .multiply_transposed = multiply<true>,
+    .scale_and_max = scale_and_max,
+    .merge_max = merge_max,
+    .rescale = rescale,
+    .exponentials = exponentials,
+    .mirrored_exponentials = mirrored_exponentials,
+    .normalize = normalize,
+    .max_logits = max_logits,
+    .pivots = pivots,
+    .sci_delta = sci_delta,
+    .sci_gradient = sci_gradient,
+    .cci_weights = cci_weights,
+    .cci_delta = cci_delta,
+    .cci_gradient = cci_gradient,
+};
+
+}  // namespace cin_fast::CIN_FAST_ISA

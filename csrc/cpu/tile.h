@@ -1,0 +1,131 @@
+// Products of tiles: packing, and register-blocked kernels over packed operands.
+
+#pragma once
+
+namespace cin_fast::CIN_FAST_ISA {
+
+// Vectors of the next panel when n remain: three, but never a lone last one after a three.
+inline int64_t panel_vecs(int64_t n) { return n == 4 ? 2 : n < kVecs ? n : kVecs; }
+
+inline int64_t vecs(int64_t n) { return (n + kWidth - 1) / kWidth; }
+
+// visit(first lane, lanes, vectors) for each panel of a packed width.
+template <typename Visit>
+inline void for_each_panel(int64_t width, Visit visit) {
+  for (int64_t left = vecs(width), lane = 0; left > 0;) {
+    const int64_t n = panel_vecs(left);
+    const int64_t lanes = width - lane < n * kWidth ? width - lane : n * kWidth;
+    visit(lane, lanes, n);
+    lane += n * kWidth;
+    left -= n;
+  }
+}
+
+inline void pack_columns(const float* src, int64_t ld, int64_t rows, int64_t depth, float* dst) {
+  for_each_panel(rows, [&](int64_t first, int64_t lanes, int64_t n) {
+    const float* from = src + first * ld;
+    float* to = dst + first * depth;
+    const int64_t pitch = n * kWidth;
+    for (int64_t k = 0; k < depth; k++) {
+      for (int64_t lane = 0; lane < lanes; lane++) to[k * pitch + lane] = from[lane * ld + k];
+      for (int64_t lane = lanes; lane < pitch; lane++) to[k * pitch + lane] = 0;
+    }
+  });
+}
+
+inline void pack_rows(const float* src, int64_t ld, int64_t rows, int64_t cols, float* dst) {
+  for_each_panel(cols, [&](int64_t first, int64_t lanes, int64_t n) {
+    const float* from = src + first;
+    float* to = dst + first * rows;
+    const int64_t pitch = n * kWidth;
+    for (int64_t row = 0; row < rows; row++) {
+      std::memcpy(to + row * pitch, from + row * ld, lanes * sizeof(float));
+      for (int64_t lane = lanes; lane < pitch; lane++) to[row * pitch + lane] = 0;
+    }
+  });
+}
+
+// c (+)= a b for R rows and N vectors: a is (R, depth) at pitch lda, or its transpose.
+template <int R, int N, bool kTransposed>
+inline void micro_kernel(const float* a, int64_t lda, const float* b, int64_t depth, float* c,
+                         int64_t ldc, bool add) {
+  Vec acc[R][N];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; r++) {
+#pragma GCC unroll 4
+    for (int n = 0; n < N; n++) acc[r][n] = splat(0);
+  }
+  for (int64_t k = 0; k < depth; k++) {
+    Vec right[N];
+#pragma GCC unroll 4
+    for (int n = 0; n < N; n++) right[n] = load(b + (k * N + n) * kWidth);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++) {
+      const Vec left = splat(kTransposed ? a[k * lda + r] : a[r * lda + k]);
+#pragma GCC unroll 4
+      for (int n = 0; n < N; n++) acc[r][n] = fma(left, right[n], acc[r][n]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; r++) {
+#pragma GCC unroll 4
+    for (int n = 0; n < N; n++) {
+      float* to = c + r * ldc + n * kWidth;
+      store(to, add ? load(to) + acc[r][n] : acc[r][n]);
+    }
+  }
+}
+
+// The rows of one panel: kRows at a time, then 4, 2 and 1.
+template <int R, int N, bool kTransposed>
+inline void panel_rows(const float* a, int64_t lda, const float* b, int64_t rows, int64_t depth,
+                       float* c, int64_t ldc, bool add) {
+  const int64_t step = kTransposed ? R : R * lda;
+  for (; rows >= R; rows -= R, a += step, c += R * ldc)
+    micro_kernel<R, N, kTransposed>(a, lda, b, depth, c, ldc, add);
+  if constexpr (R > 1) {
+    if (rows > 0) panel_rows<R / 2, N, kTransposed>(a, lda, b, rows, depth, c, ldc, add);
+  }
+}
+
+template <bool kTransposed>
+inline void panel(const float* a, int64_t lda, const float* b, int64_t n, int64_t rows,
+                  int64_t depth, float* c, int64_t ldc, bool add) {
+  if (n == 3) return panel_rows<kRows, 3, kTransposed>(a, lda, b, rows, depth, c, ldc, add);
+  if (n == 2) return panel_rows<kRows, 2, kTransposed>(a, lda, b, rows, depth, c, ldc, add);
+  panel_rows<kRows, 1, kTransposed>(a, lda, b, rows, depth, c, ldc, add);
+}
+
+template <bool kTransposed>
+inline void multiply(const float* a, int64_t lda, const float* b, int64_t rows, int64_t cols,
+                     int64_t depth, float* c, int64_t ldc, bool add) {
+  for_each_panel(cols, [&](int64_t first, int64_t, int64_t n) {
+    panel<kTransposed>(a, lda, b + first * depth, n, rows, depth, c + first, ldc, add);
+  });
+}
+
+// Deep products go in equal steps of at most kDepth: operands stay in the cache, and a sum of short
+// sums rounds less than one long one. MKL takes L = 196 in two steps, too.
+constexpr int64_t kDepth = 112;
+
+inline int64_t depth_step(int64_t depth) {
+  const int64_t steps = (depth + kDepth - 1) / kDepth;
+  return (depth + steps - 1) / steps;
+}
+
+inline void gram(const float* a, const float* b, int64_t rows, int64_t cols, int64_t depth,
+                 float* c, int64_t ldc) {
+  const int64_t step = depth_step(depth);
+  for (int64_t k = 0; k < depth; k += step) {
+    const int64_t length = depth - k < step ? depth - k : step;
+    for_each_panel(cols, [&](int64_t col, int64_t, int64_t n) {
+      const float* right = b + col * depth + k * n * kWidth;
+      for_each_panel(rows, [&](int64_t row, int64_t lanes, int64_t m) {
+        const float* left = a + row * depth + k * m * kWidth;
+        panel<true>(left, m * kWidth, right, n, lanes, length, c + row * ldc + col, ldc, k > 0);
+      });
+    });
+  }
+}
+
+}  // namespace cin_fast::CIN_FAST_ISA

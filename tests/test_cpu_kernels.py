@@ -1,0 +1,319 @@
+"""The C++ kernels: the rule for numbers on every instruction set, and inputs that break kernels."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import cin_fast
+from cin_fast.testing import (
+    INPUT_KINDS,
+    KERNEL_DTYPES,
+    SHAPES,
+    check_cci,
+    check_sci,
+    make_input,
+    make_pairs,
+)
+
+pytestmark = pytest.mark.usefixtures("cpu_extension")
+
+INF, NAN = float("inf"), float("nan")
+
+
+def runs(isa: str) -> bool:
+    needs = {"avx512": {"avx512f", "avx512dq", "avx512vl", "avx512bw"}, "avx2": {"avx2", "fma"}}
+    with contextlib.suppress(OSError), open("/proc/cpuinfo") as info:
+        flags = next((line.split() for line in info if line.startswith("flags")), [])
+        return needs.get(isa, set()) <= set(flags)
+    return isa == "plain"
+
+
+@pytest.fixture(params=["avx512", "avx2", "plain"])
+def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Every instruction set that this processor runs, forced one after the other."""
+    if not runs(request.param):
+        pytest.skip(f"this processor has no {request.param}")
+    monkeypatch.setenv("CIN_FAST_CPU_ISA", request.param)
+    return request.param
+
+
+@contextlib.contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """All that torch allocates, outputs and scratch alike, starts as NaN."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.empty(1000).isnan().all()
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def draws(shape: tuple[int, ...], k: int | None, kind: str, dtype: torch.dtype) -> tuple:
+    """x, v, dy, partner, eta, of 8 times the images: the largest of few errors is chance."""
+    shape = (8 * shape[0], *shape[1:])
+    x = make_input(kind, shape, dtype)
+    v = None if k is None else make_input("randn", (*shape[:2], k), dtype, seed=2)
+    dy = make_input("randn", (x if v is None else v).shape, dtype, seed=1)
+    return x, v, dy, *make_pairs(shape[0])
+
+
+@pytest.mark.parametrize("kind", INPUT_KINDS)
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
+@pytest.mark.parametrize("k", [None, 1, 9])
+def test_the_rule(isa: str, kind: str, dtype: torch.dtype, k: int | None) -> None:
+    for shape in SHAPES:
+        x, v, dy, partner, eta = draws(shape, k, kind, dtype)
+        with poisoned_memory():
+            check_sci("cpu", x, v, dy)
+            check_cci("cpu", x, partner, eta, v, dy)
+
+
+@pytest.mark.parametrize("scale", [1.0, -0.3])
+def test_the_rule_for_other_scales(isa: str, scale: float) -> None:
+    for shape, k in (((3, 64, 49), None), ((2, 65, 33), 9)):
+        x, v, dy, partner, eta = draws(shape, k, "relu", torch.float32)
+        check_sci("cpu", x, v, dy, scale)
+        check_cci("cpu", x, partner, eta, v, dy, scale)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", INPUT_KINDS)
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
+@pytest.mark.parametrize("k", [None, 9])
+def test_the_rule_at_the_papers_size(kind: str, dtype: torch.dtype, k: int | None) -> None:
+    shape = (2, 2048, 196)
+    x = make_input(kind, shape, dtype)
+    v = None if k is None else make_input("randn", (*shape[:2], k), dtype, seed=2)
+    dy = make_input("randn", (x if v is None else v).shape, dtype, seed=1)
+    check_sci("cpu", x, v, dy)
+    check_cci("cpu", x, *make_pairs(2), v, dy)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    shape=st.tuples(st.integers(1, 3), st.integers(1, 300), st.integers(1, 260)),
+    k=st.none() | st.integers(1, 70),
+    kind=st.sampled_from(INPUT_KINDS),
+    dtype=st.sampled_from(KERNEL_DTYPES),
+)
+def test_any_shape(shape, k, kind, dtype):
+    x, v, dy, partner, eta = draws(shape, k, kind, dtype)
+    with poisoned_memory():
+        check_sci("cpu", x, v, dy)
+        check_cci("cpu", x, partner, eta, v, dy)
+
+
+def everything(x: Tensor, v: Tensor | None = None, partner: Tensor | None = None) -> list[Tensor]:
+    """Values and gradients of both operators."""
+    x = x.detach().requires_grad_()
+    leaves = [x] if v is None else [x, v.detach().requires_grad_()]
+    even, eta = make_pairs(len(x))
+    eta.requires_grad_()
+    y = cin_fast.sci(*leaves, backend="cpu")
+    dy = make_input("randn", y.shape, y.dtype, seed=5)
+    y_pair = cin_fast.cci(x, even if partner is None else partner, eta, *leaves[1:], backend="cpu")
+    gradients = torch.autograd.grad(y, leaves, dy)
+    return [y, y_pair, *gradients, *torch.autograd.grad(y_pair, [*leaves, eta], dy)]
+
+
+def same_bits(a: list[Tensor], b: list[Tensor]) -> bool:
+    return all(torch.equal(s, t) for s, t in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
+def test_same_bits_at_every_run_whatever_memory_held(isa: str, dtype: torch.dtype) -> None:
+    for k in (None, 9):
+        x, v, *_ = draws((1, 200, 49), k, "relu", dtype)
+        first = everything(x, v)
+        with poisoned_memory():
+            assert same_bits(first, everything(x, v))
+        for _ in range(3):
+            assert same_bits(first, everything(x, v))
+
+
+def test_an_image_does_not_depend_on_the_batch_around_it() -> None:
+    x = make_input("relu", (32, 70, 20))
+    alone = torch.cat([cin_fast.sci(x[i : i + 1], backend="cpu") for i in range(32)])
+    torch.testing.assert_close(cin_fast.sci(x, backend="cpu"), alone, rtol=1e-6, atol=1e-6)
+
+
+def test_strides_do_not_matter() -> None:
+    x, v = make_input("relu", (4, 33, 20)), make_input("randn", (4, 33, 5), seed=3)
+    strided_x = torch.empty(20, 4, 66)[..., ::2].permute(1, 2, 0).copy_(x)
+    strided_v = torch.empty(4, 5, 33).mT.copy_(v)
+    assert not strided_x.is_contiguous()
+    assert not strided_v.is_contiguous()
+    assert same_bits(everything(x), everything(strided_x))
+    assert same_bits(everything(x, v), everything(strided_x, strided_v))
+
+
+def test_an_expanded_gradient() -> None:
+    x = make_input("relu", (2, 9, 6)).requires_grad_()
+    (grad,) = torch.autograd.grad(cin_fast.sci(x, backend="cpu").sum(), x)
+    (expected,) = torch.autograd.grad(cin_fast.sci(x, backend="reference").sum(), x)
+    torch.testing.assert_close(grad, expected)
+
+
+def test_any_involution() -> None:
+    x, v = make_input("diffuse", (5, 40, 12)), make_input("randn", (5, 40, 9), seed=3)
+    for partner in ([4, 1, 3, 2, 0], [0, 1, 2, 3, 4], [2, 4, 0, 3, 1]):
+        check_cci("cpu", x, torch.tensor(partner), torch.linspace(-1, 2, 5), v, torch.ones_like(v))
+
+
+def test_an_empty_batch() -> None:
+    results = everything(torch.zeros(0, 5, 6), torch.zeros(0, 5, 3))
+    assert [tuple(t.shape) for t in results[:2]] == [(0, 5, 3), (0, 5, 3)]
+
+
+def test_equal_rows_share_their_weights_equally(isa: str) -> None:
+    row = make_input("randn", (1, 1, 30))
+    x = row.expand(2, 150, 30)
+    torch.testing.assert_close(cin_fast.sci(x, backend="cpu"), x, rtol=1e-6, atol=1e-6)
+    assert all(t.isfinite().all() for t in everything(x))
+
+
+def test_weights_that_cancel_to_zero_have_no_sign() -> None:
+    x = make_input("relu", (1, 20, 6)).requires_grad_()
+    own = torch.zeros(1, dtype=torch.int64)
+    y = cin_fast.cci(x, own, torch.ones(1), backend="cpu")
+    assert not y.any()
+    assert not torch.autograd.grad(y.sum(), x)[0].any()
+
+
+@pytest.mark.parametrize("value", [0.0, 1e4, -1e4, 1e18, 1e-30])
+def test_constant_inputs_stay_finite(isa: str, value: float) -> None:
+    x = torch.full((2, 70, 20), value)
+    y = cin_fast.sci(x, backend="cpu")
+    torch.testing.assert_close(y, x, rtol=1e-6, atol=0)
+    assert cin_fast.cci(x, *make_pairs(2), backend="cpu").isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
+def test_huge_activations_do_not_overflow(isa: str, dtype: torch.dtype) -> None:
+    x = (1e4 * make_input("randn", (2, 70, 20))).to(dtype)
+    assert all(t.isfinite().all() for t in everything(x)[:2])
+    x, v, dy, partner, eta = draws((2, 70, 20), None, "randn", torch.float32)
+    check_sci("cpu", 30 * x, v, dy)
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("k", [None, 9])
+def test_nan_stays_where_it_belongs(isa: str, backward: bool, k: int | None) -> None:
+    x = make_input("relu", (4, 150, 20))
+    v = None if k is None else make_input("randn", (4, 150, k), seed=3)
+    x[1, 77, 3] = NAN
+    results = everything(x, v)
+    sci_y, cci_y, sci_dx = results[0], results[1], results[2]
+    # A channel's NaN reaches every logit of its image: of that image alone, and of its partner.
+    assert sci_y[1].isnan().all()
+    assert cci_y[:2].isnan().all()
+    assert sci_dx[1].isnan().all()
+    for clean in (sci_y[[0, 2, 3]], sci_dx[[0, 2, 3]], cci_y[2:]):
+        assert clean.isfinite().all()
+
+
+def test_nan_in_v_or_dy_reaches_its_column() -> None:
+    x, v = make_input("relu", (2, 150, 20)), make_input("randn", (2, 150, 9), seed=3)
+    v[0, 5, 4] = NAN
+    y = cin_fast.sci(x, v, backend="cpu")
+    assert y[0, :, 4].isnan().all()
+    y[0, :, 4] = 0
+    assert y.isfinite().all()
+
+
+@pytest.mark.parametrize("value", [INF, -INF])
+@pytest.mark.parametrize("scale", [-1.0, 1.0])
+def test_infinities_do_as_in_torch(isa: str, value: float, scale: float) -> None:
+    x = make_input("relu", (2, 150, 20)) + 0.1
+    x[1, 77, 3] = value
+    y = cin_fast.sci(x, scale=scale, backend="cpu")
+    expected = cin_fast.sci(x, scale=scale, backend="reference")
+    assert torch.equal(y.isnan(), expected.isnan())
+    torch.testing.assert_close(y[0], expected[0])
+
+
+def test_opcheck() -> None:
+    x = make_input("relu", (2, 5, 6)).requires_grad_()
+    v = make_input("randn", (2, 5, 3)).requires_grad_()
+    partner, eta = make_pairs(2)
+    eta.requires_grad_()
+    for values in (None, v):
+        torch.library.opcheck(torch.ops.cin_fast.cpu_sci, (x, values, -1.0))
+        torch.library.opcheck(torch.ops.cin_fast.cpu_cci, (x, partner, eta, values, -1.0))
+
+
+def test_compiles_as_one_graph() -> None:
+    x = make_input("relu", (2, 5, 6)).requires_grad_()
+
+    def call(x: Tensor) -> Tensor:
+        return cin_fast.sci(x).square().sum()
+
+    (expected,) = torch.autograd.grad(call(x), x)
+    (actual,) = torch.autograd.grad(torch.compile(call, fullgraph=True)(x), x)
+    torch.testing.assert_close(actual, expected)
+
+
+def test_the_cpu_takes_it_by_itself() -> None:
+    x = make_input("relu", (2, 5, 6))
+    assert cin_fast.dispatch.choose(x) == "cpu"
+
+
+def test_an_unknown_instruction_set_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CIN_FAST_CPU_ISA", "mmx")
+    with pytest.raises(RuntimeError, match="CIN_FAST_CPU_ISA: expected plain, avx2 or avx512"):
+        cin_fast.sci(torch.ones(1, 2, 3), backend="cpu")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((torch.ones(2, 3), None, -1.0), r"x.*\[2, 3\]"),
+        ((torch.ones(1, 2, 3), torch.ones(1, 3, 3), -1.0), r"v.*\[1, 3, 3\]"),
+        ((torch.ones(1, 2, 3).double(), None, -1.0), "Double"),
+    ],
+)
+def test_kernels_check_what_they_are_handed(arguments: tuple, message: str) -> None:
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.cin_fast.cpu_sci(*arguments)
+
+
+PEAK = """
+import resource, sys, torch, cin_fast
+torch.set_num_threads(2)
+c, operator = int(sys.argv[1]), sys.argv[2]
+x = torch.relu(torch.randn(2, c, 9)).requires_grad_()
+small = x.detach()[:, :8].requires_grad_()
+def call(x):
+    if operator == "sci":
+        return cin_fast.sci(x, backend="cpu")
+    return cin_fast.cci(x, torch.tensor([1, 0]), torch.rand(2), backend="cpu")
+call(small).sum().backward()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+call(x).sum().backward()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in kilobytes on Linux alone")
+@pytest.mark.parametrize("operator", ["sci", "cci"])
+def test_no_matrix_of_channels_is_held(operator: str) -> None:
+    channels = 6000
+    run = subprocess.run(
+        [sys.executable, "-c", PEAK, str(channels), operator],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        check=True,
+    )
+    matrix = channels**2 * 4 / 1024
+    assert int(run.stdout) < matrix / 6
