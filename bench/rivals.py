@@ -1,0 +1,147 @@
+"""Whom the operators are measured against: what a user of plain PyTorch would write today.
+
+A rival makes a function of the same arguments for a case; where it cannot, it says why.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, partial
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import cin_fast
+from cin_fast import dispatch
+from cin_fast.nn import mean_of_conv
+
+OURS = dispatch.BACKENDS
+_SDPA = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+}
+
+
+@dataclass(frozen=True)
+class Rival:
+    """A function of the subject's arguments, and whether it can run on a device."""
+
+    name: str
+    call: Callable[..., Tensor]
+    why_not: Callable[[Tensor], str] = lambda x: ""
+
+
+def eager_sci(x_BCL: Tensor) -> Tensor:
+    """bmm, softmax, bmm: DANet's lines with the C x C matrix in memory."""
+    return torch.bmm(torch.softmax(torch.bmm(-x_BCL, x_BCL.transpose(1, 2)), -1), x_BCL)
+
+
+def sdpa_sci(x_BCL: Tensor) -> Tensor:
+    """The clever user's one line: attention over channels."""
+    return F.scaled_dot_product_attention(-x_BCL, x_BCL, x_BCL, scale=1.0)
+
+
+def eager_cci(x_BCL: Tensor, partner: Tensor, eta_B: Tensor) -> Tensor:
+    """Eq. 5 and 6 with whole matrices."""
+    weights_BCC = torch.softmax(torch.bmm(-x_BCL, x_BCL.transpose(1, 2)), -1)
+    return torch.bmm((weights_BCC - eta_B[:, None, None] * weights_BCC[partner]).abs(), x_BCL)
+
+
+def eager_head(x_BCHW: Tensor, phi: torch.nn.Conv2d) -> Tensor:
+    """The mean of Z as other projects write it: bmm, softmax, bmm, convolution, mean."""
+    y_BCL = eager_sci(x_BCHW.flatten(2))
+    return (phi(y_BCL.view_as(x_BCHW)) + x_BCHW).mean((2, 3))
+
+
+def sdpa_head(x_BCHW: Tensor, phi: torch.nn.Conv2d) -> Tensor:
+    """The same through attention over channels."""
+    y_BCL = sdpa_sci(x_BCHW.flatten(2))
+    return (phi(y_BCL.view_as(x_BCHW)) + x_BCHW).mean((2, 3))
+
+
+def pooled_head(x_BCHW: Tensor, phi: torch.nn.Conv2d, *, backend: str) -> Tensor:
+    """The mean of Z without Y and without the convolution's map."""
+    v_BC9 = cin_fast.tap_means(x_BCHW)
+    y_BC9 = cin_fast.sci(x_BCHW, v_BC9, backend=backend)
+    return mean_of_conv(phi, y_BC9) + v_BC9[..., 4]
+
+
+def sci_rivals() -> list[Rival]:
+    """Everybody who computes ``softmax(-x x^T) x``."""
+    return [
+        Rival("eager", eager_sci),
+        Rival("compiled", _compiled(eager_sci)),
+        Rival("sdpa", sdpa_sci),
+        *(
+            Rival(f"sdpa-{name}", partial(_sdpa_with, backend), _needs_gpu)
+            for name, backend in _SDPA.items()
+        ),
+        Rival("flex", _flex, _needs_gpu),
+        *(Rival(name, partial(_sci, backend=name), _ours(name)) for name in OURS),
+    ]
+
+
+def cci_rivals() -> list[Rival]:
+    """Everybody who computes ``|W_i - eta_i W_partner(i)| x_i``."""
+    return [
+        Rival("eager", eager_cci),
+        Rival("compiled", _compiled(eager_cci)),
+        *(Rival(name, partial(_cci, backend=name), _ours(name)) for name in OURS),
+    ]
+
+
+def head_rivals() -> list[Rival]:
+    """Everybody who computes the spatial mean of Z from the features."""
+    return [
+        Rival("eager", eager_head),
+        Rival("compiled", _compiled(eager_head)),
+        Rival("sdpa", sdpa_head),
+        *(Rival(name, partial(pooled_head, backend=name), _ours(name)) for name in OURS),
+    ]
+
+
+def _sci(x: Tensor, *, backend: str) -> Tensor:
+    return cin_fast.sci(x, backend=backend)
+
+
+def _cci(x: Tensor, partner: Tensor, eta: Tensor, *, backend: str) -> Tensor:
+    return cin_fast.cci(x, partner, eta, backend=backend)
+
+
+def _sdpa_with(backend: SDPBackend, x_BCL: Tensor) -> Tensor:
+    # These kernels want a head axis.
+    x = x_BCL.unsqueeze(1)
+    with sdpa_kernel(backend):
+        return F.scaled_dot_product_attention(-x, x, x, scale=1.0).squeeze(1)
+
+
+def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    @cache
+    def compiled() -> Callable[..., Tensor]:
+        return torch.compile(function, dynamic=False)
+
+    return lambda *arguments: compiled()(*arguments)
+
+
+@cache
+def _compiled_flex() -> Callable[..., Tensor]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=False)
+
+
+def _flex(x_BCL: Tensor) -> Tensor:
+    x = x_BCL.unsqueeze(1)
+    return _compiled_flex()(-x, x, x, scale=1.0).squeeze(1)
+
+
+def _needs_gpu(x: Tensor) -> str:
+    return "" if x.is_cuda else "needs a CUDA device"
+
+
+def _ours(backend: str) -> Callable[[Tensor], str]:
+    return lambda x: dispatch.why_not(x, backend) or ""
