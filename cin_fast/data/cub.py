@@ -5,14 +5,15 @@ from __future__ import annotations
 from pathlib import Path, PurePosixPath
 
 from cin_fast.data.base import DataError, Entry
+from cin_fast.data.official import Official
 from cin_fast.data.text import read_lines
 
 CLASSES, IMAGES, LABELS, SPLIT = (
     "classes.txt", "images.txt", "image_class_labels.txt", "train_test_split.txt",
 )  # fmt: skip
 INDEX_FILES = (CLASSES, IMAGES, LABELS, SPLIT)
-OFFICIAL_COUNTS = {True: 5994, False: 5794}
-_OFFICIAL_CLASSES = 200
+OFFICIAL = Official("CUB-200-2011", classes=200, train=5994, test=5794)
+# Other sets in this layout may have 200 classes, too.
 _OFFICIAL_FIRST = "001.Black_footed_Albatross"
 
 
@@ -55,8 +56,14 @@ def read_cub(root: Path, *, train: bool) -> tuple[list[Entry], list[str]]:
         if (split == "1") == train:
             entries.append(Entry(root / "images" / relative, numbers[label]))
     names = list(classes.values())
-    _check_official(root, names, len(entries), train)
+    if is_official(names):
+        OFFICIAL.check(root / SPLIT, len(entries), train=train)
     return entries, names
+
+
+def is_official(classes: list[str]) -> bool:
+    """Whether these are the classes of CUB-200-2011 itself."""
+    return len(classes) == OFFICIAL.classes and classes[0] == _OFFICIAL_FIRST
 
 
 def _table(path: Path) -> dict[str, str]:
@@ -86,13 +93,3 @@ def _check_unique(path: Path, table: dict[str, str]) -> None:
         if value in seen:
             raise DataError(f"{path}: {value} stands there as {seen[value]} and as {key}")
         seen[value] = key
-
-
-def _check_official(root: Path, classes: list[str], images: int, train: bool) -> None:
-    official = len(classes) == _OFFICIAL_CLASSES and classes[0] == _OFFICIAL_FIRST
-    expected = OFFICIAL_COUNTS[train]
-    if official and images != expected:
-        raise DataError(
-            f"{root / SPLIT}: {images} {'training' if train else 'test'} images, but CUB-200-2011 "
-            f"has {expected}: unpack its archive again"
-        )
