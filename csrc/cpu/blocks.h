@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <thread>
 #include <vector>
 
 namespace cin_fast {
@@ -80,31 +81,64 @@ void for_each_task(int64_t tasks, Run run) {
   });
 }
 
-// run(image, I, J, round, thread) for each unordered pair of row blocks, I = J included, of each
-// image. In round r meet the blocks with I + J = r (mod count): every block exactly once, so a
-// task may add to what belongs to I and to J, and it always does so in the same order.
+// Row blocks I and J of an image meet. new_i, new_j: the block meets its first other (or itself).
+struct TilePair {
+  int64_t image, i, j;
+  bool new_i, new_j;
+};
+
+// run(pair, thread) for each unordered pair of row blocks, I = J included, of each image.
+//
+// Neighbouring blocks form a party, and parties meet in rounds: in round r those with
+// I + J = r (mod their count), each exactly once. All pairs of two parties' blocks are one task:
+// from one pair to the next only one block changes, the other is still in the cache. A task may add
+// to what belongs to its blocks, so it waits until both parties have been through the round before;
+// a block's sums always grow in the same order. Tasks are taken in the order of their rounds:
+// whatever a task waits for is running already.
 template <typename Run>
 void for_each_tile_pair(int64_t images, const Blocks& blocks, Run run) {
-  struct Pair {
-    int64_t i, j;
+  struct Meeting {
+    int64_t i, j, round;
   };
-  const int64_t n = blocks.count;
-  std::vector<Pair> pairs;
+  const int64_t party = images * blocks.count >= 8 * at::get_num_threads() ? 2 : 1;
+  const int64_t n = (blocks.count + party - 1) / party;
+  std::vector<Meeting> meetings;
   for (int64_t round = 0; round < n; round++) {
-    pairs.clear();
     for (int64_t i = 0; i < n; i++) {
       const int64_t j = (round - i + n) % n;
-      if (i < j) pairs.push_back({i, j});
+      if (i < j) meetings.push_back({i, j, round});
     }
-    // The diagonal is less work: last, it evens out the threads' ends.
     for (int64_t i = 0; i < n; i++)
-      if (2 * i % n == round) pairs.push_back({i, i});
-    const int64_t count = static_cast<int64_t>(pairs.size());
-    for_each_task(images * count, [&](int64_t task, int64_t thread) {
-      const Pair& pair = pairs[task / images];
-      run(task % images, pair.i, pair.j, round, thread);
-    });
+      if (2 * i % n == round) meetings.push_back({i, i, round});
   }
+  // Rounds that each party of each image has been through, and blocks that have met another.
+  std::vector<std::atomic<int64_t>> done(images * n);
+  std::vector<char> met(images * blocks.count);
+  const auto wait_for = [&](int64_t which, int64_t round) {
+    while (done[which].load(std::memory_order_acquire) < round) std::this_thread::yield();
+  };
+  const auto meet = [&](int64_t image, int64_t i, int64_t j, int64_t thread) {
+    char *met_i = &met[image * blocks.count + i], *met_j = &met[image * blocks.count + j];
+    const TilePair pair{image, i, j, !*met_i, !*met_j};
+    *met_i = *met_j = 1;
+    run(pair, thread);
+  };
+  for_each_task(images * static_cast<int64_t>(meetings.size()), [&](int64_t task, int64_t thread) {
+    const Meeting& meeting = meetings[task / images];
+    const int64_t image = task % images;
+    const int64_t parties[2] = {image * n + meeting.i, image * n + meeting.j};
+    for (const int64_t which : parties) wait_for(which, meeting.round);
+    const int64_t end_i = std::min((meeting.i + 1) * party, blocks.count);
+    const int64_t end_j = std::min((meeting.j + 1) * party, blocks.count);
+    bool forth = true;
+    for (int64_t i = meeting.i * party; i < end_i; i++, forth = !forth) {
+      const int64_t begin_j = meeting.i == meeting.j ? i : meeting.j * party;
+      for (int64_t k = begin_j; k < end_j; k++)
+        meet(image, i, forth ? k : begin_j + end_j - 1 - k, thread);
+    }
+    for (const int64_t which : parties)
+      done[which].store(meeting.round + 1, std::memory_order_release);
+  });
 }
 
 }  // namespace cin_fast

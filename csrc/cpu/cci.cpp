@@ -167,14 +167,13 @@ class PairsForward : Pairs {
       const int64_t n = static_cast<int64_t>(pairs_.size());
       for_each_block([&](int64_t image, int64_t block) { pack(image, block); });
       for_each_tile_pair(2 * n, blocks_,
-                         [&](int64_t image, int64_t i, int64_t j, int64_t round, int64_t thread) {
-                           if (!repeated(image))
-                             statistics(image, i, j, round == 0, tiles_[thread]);
+                         [&](const TilePair& pair, int64_t thread) {
+                           if (!repeated(pair.image)) statistics(pair, tiles_[thread]);
                          });
       for_each_block([&](int64_t image, int64_t block) { shares(image, block); });
       for_each_tile_pair(n, blocks_,
-                         [&](int64_t pair, int64_t i, int64_t j, int64_t round, int64_t thread) {
-                           tile_pair(pair, i, j, round == 0, tiles_[thread]);
+                         [&](const TilePair& pair, int64_t thread) {
+                           tile_pair(pair, tiles_[thread]);
                          });
       for_each_block([&](int64_t image, int64_t block) { finish(image, block); });
     }
@@ -191,18 +190,19 @@ class PairsForward : Pairs {
                    packed.v_rows + row * width_);
   }
 
-  void statistics(int64_t n, int64_t i, int64_t j, bool first, const Tile& tile) {
+  void statistics(const TilePair& pair, const Tile& tile) {
+    const auto [n, i, j, new_i, new_j] = pair;
     const PairImage& sums = image(n);
     float* s = tile.t[0];
     const int64_t ld = blocks_.size, row = blocks_.first(i), col = blocks_.first(j);
     const int64_t rows = blocks_.rows(i), cols = blocks_.rows(j);
     gram(sums, i, j, s);
     isa_.scale_and_max(s, rows, cols, ld, scale_, tile.row_max, tile.col_max);
-    isa_.merge_max(s, rows, cols, ld, false, tile.row_max, col, first, sums.max + row,
+    isa_.merge_max(s, rows, cols, ld, false, tile.row_max, col, new_i, sums.max + row,
                    sums.argmax + row, sums.sum + row, tile.factor);
     isa_.exponentials(s, rows, cols, ld, sums.max + row, nullptr, sums.sum + row);
     if (i == j) return;
-    isa_.merge_max(s, rows, cols, ld, true, tile.col_max, row, first, sums.max + col,
+    isa_.merge_max(s, rows, cols, ld, true, tile.col_max, row, new_j, sums.max + col,
                    sums.argmax + col, sums.sum + col, tile.factor);
     isa_.mirrored_exponentials(s, rows, cols, ld, sums.max + col, nullptr, sums.sum + col);
   }
@@ -216,15 +216,16 @@ class PairsForward : Pairs {
     std::copy_n(sums.sum + row, rows, data_.row_sum + target);
   }
 
-  void tile_pair(int64_t pair, int64_t i, int64_t j, bool first, const Tile& tile) {
+  void tile_pair(const TilePair& tiles, const Tile& tile) {
+    const auto [pair, i, j, new_i, new_j] = tiles;
     const int64_t images = pairs_[pair].images();
     const PairImage* side[2] = {&image(2 * pair), &image(2 * pair + 1)};
     float* s[2] = {tile.t[0], tile.t[images - 1]};
     for (int64_t n = 0; n < images; n++) gram(*side[n], i, j, s[n]);
     for (int64_t n = 0; n < images; n++) {
       const float eta = eta_[index(2 * pair + n)];
-      weigh(*side[n], *side[1 - n], s[n], s[1 - n], eta, i, j, false, first, tile);
-      if (i != j) weigh(*side[n], *side[1 - n], s[n], s[1 - n], eta, i, j, true, first, tile);
+      weigh(*side[n], *side[1 - n], s[n], s[1 - n], eta, i, j, false, new_i, tile);
+      if (i != j) weigh(*side[n], *side[1 - n], s[n], s[1 - n], eta, i, j, true, new_j, tile);
     }
   }
 
@@ -293,12 +294,12 @@ class PairsBackward : Pairs {
       const int64_t n = static_cast<int64_t>(pairs_.size());
       for_each_block([&](int64_t image, int64_t block) { pack(image, block); });
       for_each_tile_pair(n, blocks_,
-                         [&](int64_t pair, int64_t i, int64_t j, int64_t, int64_t thread) {
-                           gather_delta(pair, i, j, tiles_[thread]);
+                         [&](const TilePair& pair, int64_t thread) {
+                           gather_delta(pair.image, pair.i, pair.j, tiles_[thread]);
                          });
       for_each_tile_pair(n, blocks_,
-                         [&](int64_t pair, int64_t i, int64_t j, int64_t round, int64_t thread) {
-                           tile_pair(pair, i, j, round == 0, tiles_[thread]);
+                         [&](const TilePair& pair, int64_t thread) {
+                           tile_pair(pair, tiles_[thread]);
                          });
       for_each_block([&](int64_t image, int64_t block) { finish(image, block); });
       for (int64_t image = 0; image < 2 * n; image++) finish_eta(image);
@@ -350,28 +351,28 @@ class PairsBackward : Pairs {
     isa_.cci_delta(a, b, blocks_.rows(i), blocks_.rows(j), blocks_.size, scale_);
   }
 
-  void tile_pair(int64_t pair, int64_t i, int64_t j, bool first, const Tile& tile) {
+  void tile_pair(const TilePair& tiles, const Tile& tile) {
+    const auto [pair, i, j, new_i, new_j] = tiles;
     const PairSide sides[2] = {side(pair, 0, i, j, tile), side(pair, 1, i, j, tile)};
     isa_.cci_gradient(sides[0], sides[1], blocks_.rows(i), blocks_.rows(j), blocks_.size, scale_);
     for (int64_t n = 0; n < pairs_[pair].images(); n++)
-      add_products(image(2 * pair + n), sides[n], i, j, first);
+      add_products(image(2 * pair + n), sides[n], tiles);
   }
 
-  void add_products(const PairImage& packed, const PairSide& side, int64_t i, int64_t j,
-                    bool first) {
+  void add_products(const PairImage& packed, const PairSide& side, const TilePair& tiles) {
+    const auto [_, i, j, new_i, new_j] = tiles;
     const int64_t ld = blocks_.size, row = blocks_.first(i), col = blocks_.first(j);
     const int64_t rows = blocks_.rows(i), cols = blocks_.rows(j);
     const int64_t depth = shape_.depth, k = shape_.cols;
-    const bool add_dv = !first || !data_.dv;
     isa_.multiply(side.s, ld, packed.x_rows + col * depth_width_, rows, depth, cols,
-                  packed.acc + row * depth_width_, depth_width_, !first);
+                  packed.acc + row * depth_width_, depth_width_, !new_i);
     isa_.multiply(side.f, ld, packed.dy_rows + col * width_, rows, k, cols,
-                  packed.acc2 + row * width_, width_, add_dv);
+                  packed.acc2 + row * width_, width_, !new_i || !data_.dv);
     if (i == j) return;
     isa_.multiply_transposed(side.s, ld, packed.x_rows + row * depth_width_, cols, depth, rows,
-                             packed.acc + col * depth_width_, depth_width_, !first);
+                             packed.acc + col * depth_width_, depth_width_, !new_j);
     isa_.multiply_transposed(side.e, ld, packed.dy_rows + row * width_, cols, k, rows,
-                             packed.acc2 + col * width_, width_, add_dv);
+                             packed.acc2 + col * width_, width_, !new_j || !data_.dv);
   }
 
   void finish(int64_t n, int64_t block) {

@@ -73,8 +73,8 @@ class Forward {
         pack(task / blocks_.count, task % blocks_.count);
       });
       for_each_tile_pair(n, blocks_,
-                         [&](int64_t image, int64_t i, int64_t j, int64_t round, int64_t thread) {
-                           tile_pair(flight_[image], i, j, round == 0, tiles_[thread]);
+                         [&](const TilePair& pair, int64_t thread) {
+                           tile_pair(flight_[pair.image], pair, tiles_[thread]);
                          });
       for_each_task(n * blocks_.count, [&](int64_t task, int64_t) {
         finish(task / blocks_.count, task % blocks_.count);
@@ -96,27 +96,28 @@ class Forward {
     isa_.pack_rows(v_ + source * cols_, cols_, rows, cols_, image.v_rows + row * width_);
   }
 
-  void tile_pair(const ForwardImage& image, int64_t i, int64_t j, bool first, const Tile& tile) {
+  void tile_pair(const ForwardImage& image, const TilePair& pair, const Tile& tile) {
+    const auto [_, i, j, new_i, new_j] = pair;
     const int64_t ld = blocks_.size, row = blocks_.first(i), col = blocks_.first(j);
     const int64_t rows = blocks_.rows(i), cols = blocks_.rows(j);
     const bool mirrored = i != j;
     isa_.gram(image.x_columns + row * depth_, image.x_columns + col * depth_, rows, cols, depth_,
               tile.s, ld);
     isa_.scale_and_max(tile.s, rows, cols, ld, scale_, tile.row_max, tile.col_max);
-    isa_.merge_max(tile.s, rows, cols, ld, false, tile.row_max, col, first, image.max + row,
+    isa_.merge_max(tile.s, rows, cols, ld, false, tile.row_max, col, new_i, image.max + row,
                    image.argmax + row, image.sum + row, tile.row_factor);
-    if (!first) isa_.rescale(image.acc + row * width_, rows, width_, width_, tile.row_factor);
+    if (!new_i) isa_.rescale(image.acc + row * width_, rows, width_, width_, tile.row_factor);
     if (mirrored) {
-      isa_.merge_max(tile.s, rows, cols, ld, true, tile.col_max, row, first, image.max + col,
+      isa_.merge_max(tile.s, rows, cols, ld, true, tile.col_max, row, new_j, image.max + col,
                      image.argmax + col, image.sum + col, tile.col_factor);
-      if (!first) isa_.rescale(image.acc + col * width_, cols, width_, width_, tile.col_factor);
+      if (!new_j) isa_.rescale(image.acc + col * width_, cols, width_, width_, tile.col_factor);
       isa_.mirrored_exponentials(tile.s, rows, cols, ld, image.max + col, tile.q, image.sum + col);
       isa_.multiply_transposed(tile.q, ld, image.v_rows + row * width_, cols, cols_, rows,
-                               image.acc + col * width_, width_, !first);
+                               image.acc + col * width_, width_, !new_j);
     }
     isa_.exponentials(tile.s, rows, cols, ld, image.max + row, tile.s, image.sum + row);
     isa_.multiply(tile.s, ld, image.v_rows + col * width_, rows, cols_, cols,
-                  image.acc + row * width_, width_, !first);
+                  image.acc + row * width_, width_, !new_i);
   }
 
   void finish(int64_t g, int64_t block) {
@@ -212,12 +213,12 @@ class Backward {
       });
       if (in_.coarse_y)
         for_each_tile_pair(n, blocks_,
-                           [&](int64_t image, int64_t i, int64_t j, int64_t, int64_t thread) {
-                             gather_delta(flight_[image], i, j, tiles_[thread]);
+                           [&](const TilePair& pair, int64_t thread) {
+                             gather_delta(flight_[pair.image], pair.i, pair.j, tiles_[thread]);
                            });
       for_each_tile_pair(n, blocks_,
-                         [&](int64_t image, int64_t i, int64_t j, int64_t round, int64_t thread) {
-                           tile_pair(flight_[image], i, j, round == 0, tiles_[thread]);
+                         [&](const TilePair& pair, int64_t thread) {
+                           tile_pair(flight_[pair.image], pair, tiles_[thread]);
                          });
       for_each_task(n * blocks_.count, [&](int64_t task, int64_t) {
         finish(task / blocks_.count, task % blocks_.count);
@@ -277,7 +278,8 @@ class Backward {
     isa_.gram(image.v_columns + row * k, image.dy_columns + col * k, rows, cols, k, tile.f, ld);
   }
 
-  void tile_pair(const BackwardImage& image, int64_t i, int64_t j, bool first, const Tile& tile) {
+  void tile_pair(const BackwardImage& image, const TilePair& pair, const Tile& tile) {
+    const auto [_, i, j, new_i, new_j] = pair;
     const int64_t ld = blocks_.size, row = blocks_.first(i), col = blocks_.first(j);
     const int64_t rows = blocks_.rows(i), cols = blocks_.rows(j);
     const int64_t depth = shape_.depth, k = shape_.cols;
@@ -285,14 +287,14 @@ class Backward {
     isa_.sci_gradient(tile.s, tile.e, tile.f, rows, cols, ld, scale_, image.stats(row),
                       image.stats(col));
     isa_.multiply(tile.s, ld, image.x_rows + col * depth_width_, rows, depth, cols,
-                  image.dx + row * depth_width_, depth_width_, !first);
+                  image.dx + row * depth_width_, depth_width_, !new_i);
     isa_.multiply(tile.f, ld, image.dy_rows + col * width_, rows, k, cols, image.dv + row * width_,
-                  width_, !first || !separate_v_);
+                  width_, !new_i || !separate_v_);
     if (i == j) return;
     isa_.multiply_transposed(tile.s, ld, image.x_rows + row * depth_width_, cols, depth, rows,
-                             image.dx + col * depth_width_, depth_width_, !first);
+                             image.dx + col * depth_width_, depth_width_, !new_j);
     isa_.multiply_transposed(tile.e, ld, image.dy_rows + row * width_, cols, k, rows,
-                             image.dv + col * width_, width_, !first || !separate_v_);
+                             image.dv + col * width_, width_, !new_j || !separate_v_);
   }
 
   void finish(int64_t g, int64_t block) {

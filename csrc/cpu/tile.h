@@ -53,7 +53,11 @@ inline void micro_kernel(const float* a, int64_t lda, const float* b, int64_t de
 #pragma GCC unroll 8
   for (int r = 0; r < R; r++) {
 #pragma GCC unroll 4
-    for (int n = 0; n < N; n++) acc[r][n] = splat(0);
+    for (int n = 0; n < N; n++) {
+      acc[r][n] = splat(0);
+      // c is met again long after its last visit: it comes while the products are made.
+      __builtin_prefetch(c + r * ldc + n * kWidth, 1);
+    }
   }
   for (int64_t k = 0; k < depth; k++) {
     Vec right[N];
