@@ -36,6 +36,14 @@ class Case:
         """The dtype of features and results."""
         return DTYPES[self.dtype_name]
 
+    def times(self, factor: float) -> float:
+        """``factor`` where the gradients are computed, too; 1 where they are not."""
+        return factor if self.backward else 1
+
+    def maps(self, count: float) -> float:
+        """Bytes of ``count`` maps of this shape."""
+        return count * self.batch * self.channels * self.positions * self.dtype.itemsize
+
     @property
     def group(self) -> str:
         """The heading that its rivals share."""
@@ -88,3 +96,10 @@ def pair_cases() -> list[Case]:
     if QUICK:
         return _both(Case("resnet18-224", 4, 512, 7, 7))
     return _both(*_networks("float32")[:2], Case("resnet18-224", 20, 512, 7, 7))
+
+
+def head_cases() -> list[Case]:
+    """Maps that a classifier's head gets."""
+    if QUICK:
+        return _both(Case("resnet18-224", 4, 512, 7, 7))
+    return _both(*_networks("float32")[:4])

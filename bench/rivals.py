@@ -41,8 +41,9 @@ def eager_sci(x_BCL: Tensor) -> Tensor:
 
 
 def sdpa_sci(x_BCL: Tensor) -> Tensor:
-    """The clever user's one line: attention over channels."""
-    return F.scaled_dot_product_attention(-x_BCL, x_BCL, x_BCL, scale=1.0)
+    """The clever user's way: attention over channels, with the head axis that fused kernels want."""
+    x = x_BCL.unsqueeze(1)
+    return F.scaled_dot_product_attention(-x, x, x, scale=1.0).squeeze(1)
 
 
 def eager_cci(x_BCL: Tensor, partner: Tensor, eta_B: Tensor) -> Tensor:
@@ -113,10 +114,8 @@ def _cci(x: Tensor, partner: Tensor, eta: Tensor, *, backend: str) -> Tensor:
 
 
 def _sdpa_with(backend: SDPBackend, x_BCL: Tensor) -> Tensor:
-    # These kernels want a head axis.
-    x = x_BCL.unsqueeze(1)
     with sdpa_kernel(backend):
-        return F.scaled_dot_product_attention(-x, x, x, scale=1.0).squeeze(1)
+        return sdpa_sci(x_BCL)
 
 
 def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -143,5 +142,10 @@ def _needs_gpu(x: Tensor) -> str:
     return "" if x.is_cuda else "needs a CUDA device"
 
 
+def why_not_ours(backend: str, x: Tensor) -> str:
+    """Why a backend of ours cannot run on x; empty if it can."""
+    return dispatch.why_not(x, backend)
+
+
 def _ours(backend: str) -> Callable[[Tensor], str]:
-    return lambda x: dispatch.why_not(x, backend) or ""
+    return partial(why_not_ours, backend)

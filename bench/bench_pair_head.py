@@ -1,0 +1,103 @@
+"""The pair head of a training step: mean Z and mean Z' of all images, forward and backward."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import pytest
+import torch
+from cases import DEVICE, Case, head_cases
+from conftest import Entry, Work
+from rivals import OURS, why_not_ours
+from torch import Tensor, nn
+
+from cin_fast.cost import sci_flops
+from cin_fast.nn import CCI, SCI
+from cin_fast.testing import assert_exact_as_torch, make_input
+
+CASES = [case for case in head_cases() if case.backward]
+CHECKED_PAIRS = 2
+_TAPS = 9
+
+
+@dataclass(frozen=True)
+class Heads:
+    """phi and psi as modules, and how they are applied."""
+
+    sci: SCI
+    cci: CCI
+
+    def parameters(self) -> list[nn.Parameter]:
+        """phi's and psi's."""
+        return list(self.cci.parameters())
+
+
+def eager(heads: Heads, x_BCHW: Tensor, partner: Tensor) -> tuple[Tensor, Tensor]:
+    """As other projects write it: both weight matrices, both maps, two convolutions, two means."""
+    x_BCL = x_BCHW.flatten(2)
+    weights_BCC = torch.softmax(torch.bmm(-x_BCL, x_BCL.transpose(1, 2)), -1)
+    y_BCL = torch.bmm(weights_BCC, x_BCL)
+    eta_B = heads.cci.eta(y_BCL.mean(-1), partner)
+    contrast_BCC = (weights_BCC - eta_B[:, None, None] * weights_BCC[partner]).abs()
+    z_BCHW = heads.cci.phi(y_BCL.view_as(x_BCHW)) + x_BCHW
+    z_pair_BCHW = heads.cci.phi(torch.bmm(contrast_BCC, x_BCL).view_as(x_BCHW)) + x_BCHW
+    return z_BCHW.mean((2, 3)), z_pair_BCHW.mean((2, 3))
+
+
+def pooled(heads: Heads, x_BCHW: Tensor, partner: Tensor) -> tuple[Tensor, Tensor]:
+    """What cin_fast's model does."""
+    means = heads.sci.pooled(x_BCHW)
+    return means.z_BC, heads.cci.pooled(x_BCHW, partner, means)
+
+
+def make_heads(case: Case, dtype: torch.dtype, backend: str | None = None) -> Heads:
+    """The same weights for everybody."""
+    torch.manual_seed(0)
+    sci = SCI(case.channels, backend=backend)
+    cci = CCI(case.channels, phi=sci.phi, backend=backend)
+    return Heads(sci.to(DEVICE, dtype), cci.to(DEVICE, dtype))
+
+
+def step(function: Callable[..., tuple[Tensor, Tensor]], heads: Heads, x: Tensor) -> list[Tensor]:
+    """Values, and the gradients of x, phi and psi."""
+    partner = torch.arange(len(x)) ^ 1
+    values = function(heads, x, partner)
+    upstream = [torch.full_like(value, 1 / value.numel()) for value in values]
+    return [*values, *torch.autograd.grad(values, [x, *heads.parameters()], upstream)]
+
+
+def prepare(case: Case, name: str) -> Entry:
+    """A rival with its inputs."""
+    size = (case.batch, case.channels, case.height, case.width)
+    x_BCHW = make_input("relu", size, case.dtype, DEVICE).requires_grad_()
+    reason = "" if name == "eager" else why_not_ours(name, x_BCHW)
+    if reason:
+        raise RuntimeError(reason)
+    function = eager if name == "eager" else pooled
+    heads = make_heads(case, case.dtype, None if name == "eager" else name)
+    return Entry(partial(step, function, heads, x_BCHW), partial(check, function, heads, x_BCHW))
+
+
+def check(function: Callable[..., tuple[Tensor, Tensor]], heads: Heads, x_BCHW: Tensor) -> None:
+    """The rule of cin_fast.testing for both means and every gradient."""
+    few = x_BCHW[: 2 * CHECKED_PAIRS].detach()
+    exact_heads = Heads(*(copy.deepcopy(part).double() for part in (heads.sci, heads.cci)))
+    exact_heads.cci.phi = exact_heads.sci.phi
+    exact = step(eager, exact_heads, few.double().requires_grad_())
+    plain = step(eager, heads, few.clone().requires_grad_())
+    actual = step(function, heads, few.clone().requires_grad_())
+    names = ["mean Z", "mean Z'", "dx", "dphi.weight", "dphi.bias", "dpsi.weight", "dpsi.bias"]
+    for name, found, torch_result, truth in zip(names, actual, plain, exact, strict=True):
+        assert_exact_as_torch(name, found, torch_result, truth)
+
+
+@pytest.mark.parametrize("rival", ["eager", *OURS])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_pair_head(case: Case, rival: str, versus) -> None:
+    """Products: two operators on nine columns, thrice for the backward pass."""
+    image = (case.batch, case.channels, case.positions)
+    flops = 2 * sci_flops(image, (case.batch, case.channels, _TAPS))
+    versus(rival, partial(prepare, case), Work(3 * flops, case.maps(2), case.dtype))
