@@ -11,7 +11,7 @@ CXX_FILES = $(wildcard csrc/*.[ch]* csrc/*/*.[ch]* csrc/*/*/*.[ch]*)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test lint format bench bench-quick sanitize triton-report gpu lock clean
+.PHONY: help install demo test lint format bench bench-quick bench-report sanitize triton-report gpu lock clean
 
 help: ## List the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -35,11 +35,17 @@ format: install ## Rewrite the code in the project's style.
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_FILES)
 
-bench: install ## Measure every backend beside its rivals on this machine.
-	$(BIN)/python -m pytest -q bench $(PYTEST_ARGS)
+bench: install ## Measure every backend beside its rivals on this machine (10 minutes on 2 cores).
+	@mkdir -p .benchmarks
+	$(BIN)/python -m pytest -q bench --benchmark-only --benchmark-json=.benchmarks/bench.json $(PYTEST_ARGS)
 
-bench-quick: install ## The same at small shapes, in about a minute.
-	CIN_FAST_BENCH_QUICK=1 $(BIN)/python -m pytest -q bench $(PYTEST_ARGS)
+bench-quick: install ## The same at small shapes (2 minutes).
+	@mkdir -p .benchmarks
+	CIN_FAST_BENCH_QUICK=1 $(BIN)/python -m pytest -q bench --benchmark-only \
+	    --benchmark-json=.benchmarks/quick.json $(PYTEST_ARGS)
+
+bench-report: install ## Tables and plots of the last `make bench`, and the README's section.
+	$(BIN)/python bench/report.py .benchmarks/bench.json --readme
 
 sanitize: install ## Run the C++ kernels under the address and undefined-behaviour sanitizers.
 	bash tests/sanitize.sh

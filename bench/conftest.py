@@ -54,6 +54,10 @@ class Work:
     dtype: torch.dtype = torch.float32
 
 
+class LeftOut(Exception):
+    """A rival cannot run here; says why."""
+
+
 @dataclass(frozen=True)
 class Entry:
     """A prepared rival: ``call`` is what is timed, after ``check`` has passed."""
@@ -90,6 +94,8 @@ class Comparison:
                 entry = prepare(member)
                 entry.check()
                 calls[member] = entry.call
+            except LeftOut as error:
+                group.reasons[member] = str(error)
             except (RuntimeError, ValueError, AssertionError, ImportError) as error:
                 group.reasons[member] = f"{type(error).__name__}: {error}".splitlines()[0]
         if calls:

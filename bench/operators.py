@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from conftest import Entry
+from conftest import Entry, LeftOut
 from rivals import Rival
 from torch import Tensor
 
@@ -81,11 +81,11 @@ def entry(
         judge: plain PyTorch's way, which runs in float64 for the truth.
 
     Raises:
-        RuntimeError: with the reason, if the rival cannot run here.
+        LeftOut: with the reason, if the rival cannot run here.
     """
     reason = rival.why_not(arguments.learned[0])
     if reason:
-        raise RuntimeError(reason)
+        raise LeftOut(reason)
     return Entry(partial(run, rival.call, arguments.leaves()), partial(check, rival, judge, few))
 
 

@@ -41,7 +41,7 @@ def eager_sci(x_BCL: Tensor) -> Tensor:
 
 
 def sdpa_sci(x_BCL: Tensor) -> Tensor:
-    """The clever user's way: attention over channels, with the head axis that fused kernels want."""
+    """The clever user: attention over channels, with the head axis that fused kernels want."""
     x = x_BCL.unsqueeze(1)
     return F.scaled_dot_product_attention(-x, x, x, scale=1.0).squeeze(1)
 
