@@ -25,6 +25,9 @@ struct Blocks {
   int64_t padded() const { return count * size; }
 };
 
+// So few channels that the exact sum of P dP is worth a sweep in float32, too.
+constexpr int64_t kExactChannels = 256;
+
 constexpr int64_t kLargestBlock = 128;
 constexpr int64_t kSmallestBlock = 32;
 
@@ -35,12 +38,6 @@ inline Blocks make_blocks(int64_t images, int64_t channels, int64_t largest = kL
   const auto tasks = [&] { return images * ((channels + size - 1) / size + 1) / 2; };
   while (size > kSmallestBlock && (tasks() < wanted || channels <= size / 2)) size /= 2;
   return Blocks(channels, size);
-}
-
-// How many images are worked on at once: enough to fill every round, and no more memory than that.
-inline int64_t images_in_flight(int64_t images, const Blocks& blocks) {
-  const int64_t tasks = (blocks.count + 1) / 2;
-  return std::clamp<int64_t>((4 * at::get_num_threads() + tasks - 1) / tasks, 1, images);
 }
 
 // Floats handed out in pieces, each starting on a cache line.
@@ -83,11 +80,39 @@ void for_each_task(int64_t tasks, Run run) {
 
 // Row blocks I and J of an image meet. new_i, new_j: the block meets its first other (or itself).
 struct TilePair {
-  int64_t image, i, j;
+  int64_t i, j;
   bool new_i, new_j;
 };
 
-// run(pair, thread) for each unordered pair of row blocks, I = J included, of each image.
+// Who works on an image: one thread alone, or all together.
+struct Team {
+  bool alone;
+  // Of the one thread; whose memory the image uses.
+  int64_t thread;
+
+  // run(task, thread) for each task.
+  template <typename Run>
+  void for_each_task(int64_t tasks, Run run) const {
+    if (!alone) return cin_fast::for_each_task(tasks, run);
+    for (int64_t task = 0; task < tasks; task++) run(task, thread);
+  }
+};
+
+// run(image, team) for each image. As long as there is one for every thread, each thread takes
+// whole images and waits for nobody; what is left over is shared image by image.
+template <typename Run>
+void for_each_image(int64_t images, Run run) {
+  const int64_t threads = at::get_num_threads(), whole = images - images % threads;
+  for_each_task(whole, [&](int64_t image, int64_t thread) { run(image, Team{true, thread}); });
+  for (int64_t image = whole; image < images; image++) run(image, Team{false, 0});
+}
+
+// Images that for_each_image has under way at once.
+inline int64_t images_in_flight(int64_t images) {
+  return images < at::get_num_threads() ? 1 : at::get_num_threads();
+}
+
+// run(pair, thread) for each unordered pair of an image's row blocks, I = J included.
 //
 // Neighbouring blocks form a party, and parties meet in rounds: in round r those with
 // I + J = r (mod their count), each exactly once. All pairs of two parties' blocks are one task:
@@ -96,11 +121,11 @@ struct TilePair {
 // a block's sums always grow in the same order. Tasks are taken in the order of their rounds:
 // whatever a task waits for is running already.
 template <typename Run>
-void for_each_tile_pair(int64_t images, const Blocks& blocks, Run run) {
+void for_each_tile_pair(const Team& team, const Blocks& blocks, Run run) {
   struct Meeting {
     int64_t i, j, round;
   };
-  const int64_t party = images * blocks.count >= 8 * at::get_num_threads() ? 2 : 1;
+  const int64_t party = blocks.count >= 8 * at::get_num_threads() || team.alone ? 2 : 1;
   const int64_t n = (blocks.count + party - 1) / party;
   std::vector<Meeting> meetings;
   for (int64_t round = 0; round < n; round++) {
@@ -111,33 +136,31 @@ void for_each_tile_pair(int64_t images, const Blocks& blocks, Run run) {
     for (int64_t i = 0; i < n; i++)
       if (2 * i % n == round) meetings.push_back({i, i, round});
   }
-  // Rounds that each party of each image has been through, and blocks that have met another.
-  std::vector<std::atomic<int64_t>> done(images * n);
-  std::vector<char> met(images * blocks.count);
+  // Rounds that each party has been through, and blocks that have met another.
+  std::vector<std::atomic<int64_t>> done(n);
+  std::vector<char> met(blocks.count);
   const auto wait_for = [&](int64_t which, int64_t round) {
     while (done[which].load(std::memory_order_acquire) < round) std::this_thread::yield();
   };
-  const auto meet = [&](int64_t image, int64_t i, int64_t j, int64_t thread) {
-    char *met_i = &met[image * blocks.count + i], *met_j = &met[image * blocks.count + j];
-    const TilePair pair{image, i, j, !*met_i, !*met_j};
-    *met_i = *met_j = 1;
+  const auto meet = [&](int64_t i, int64_t j, int64_t thread) {
+    const TilePair pair{i, j, !met[i], !met[j]};
+    met[i] = met[j] = 1;
     run(pair, thread);
   };
-  for_each_task(images * static_cast<int64_t>(meetings.size()), [&](int64_t task, int64_t thread) {
-    const Meeting& meeting = meetings[task / images];
-    const int64_t image = task % images;
-    const int64_t parties[2] = {image * n + meeting.i, image * n + meeting.j};
-    for (const int64_t which : parties) wait_for(which, meeting.round);
+  team.for_each_task(static_cast<int64_t>(meetings.size()), [&](int64_t task, int64_t thread) {
+    const Meeting& meeting = meetings[task];
+    wait_for(meeting.i, meeting.round);
+    wait_for(meeting.j, meeting.round);
     const int64_t end_i = std::min((meeting.i + 1) * party, blocks.count);
     const int64_t end_j = std::min((meeting.j + 1) * party, blocks.count);
     bool forth = true;
     for (int64_t i = meeting.i * party; i < end_i; i++, forth = !forth) {
       const int64_t begin_j = meeting.i == meeting.j ? i : meeting.j * party;
       for (int64_t k = begin_j; k < end_j; k++)
-        meet(image, i, forth ? k : begin_j + end_j - 1 - k, thread);
+        meet(i, forth ? k : begin_j + end_j - 1 - k, thread);
     }
-    for (const int64_t which : parties)
-      done[which].store(meeting.round + 1, std::memory_order_release);
+    done[meeting.i].store(meeting.round + 1, std::memory_order_release);
+    done[meeting.j].store(meeting.round + 1, std::memory_order_release);
   });
 }
 

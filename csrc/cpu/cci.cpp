@@ -9,6 +9,7 @@
 #include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
+#include <cmath>
 #include <optional>
 #include <tuple>
 
@@ -49,11 +50,20 @@ struct PairImage {
   float *dy_columns, *dy_rows;
   // Forward: y and b in the making. Backward: dx and dv.
   float *acc, *acc2;
-  float *max, *argmax, *sum, *share, *share_rest, *delta, *zero, *deta;
+  float *max, *argmax, *sum, *share, *share_rest, *pivot, *delta, *deta;
 
   RowStats stats(int64_t row) const {
-    return {max + row, share + row, share_rest + row, zero + row, delta + row};
+    return {max + row, share + row, share_rest + row, pivot + row, delta + row};
   }
+};
+
+// A pair under way: its two images, which are one and the same if an image is its own partner.
+struct Job {
+  int64_t images;
+  const PairImage* side[2];
+  // In the batch.
+  int64_t index[2];
+  float eta[2];
 };
 
 class Pairs {
@@ -65,9 +75,9 @@ class Pairs {
         width_((shape.cols + isa_.width - 1) / isa_.width * isa_.width),
         scale_(scale),
         eta_(eta),
-        all_(std::move(pairs)),
-        blocks_(make_blocks(static_cast<int64_t>(all_.size()), shape.channels, kLargestPairBlock)) {
-  }
+        pairs_(std::move(pairs)),
+        blocks_(
+            make_blocks(static_cast<int64_t>(pairs_.size()), shape.channels, kLargestPairBlock)) {}
 
  protected:
   struct Tile {
@@ -75,9 +85,8 @@ class Pairs {
     float *row_max, *col_max, *factor;
   };
 
-  // setup(memory or null) returns the floats an image needs, having taken them.
-  int64_t pairs_in_flight() const {
-    return images_in_flight(static_cast<int64_t>(all_.size()), blocks_);
+  int64_t images_under_way() const {
+    return 2 * images_in_flight(static_cast<int64_t>(pairs_.size()));
   }
 
   void make_tiles() {
@@ -95,27 +104,26 @@ class Pairs {
 
   void take_statistics(PairImage& image, Scratch& memory) const {
     for (float** array : {&image.max, &image.argmax, &image.sum, &image.share, &image.share_rest,
-                          &image.delta, &image.zero, &image.deta})
+                          &image.pivot, &image.delta, &image.deta})
       *array = memory.take(blocks_.padded());
   }
 
-  // Images of the pairs in flight: pair n holds images 2 n and 2 n + 1, the same if it is its own.
-  int64_t index(int64_t image) const {
-    const Pair& pair = pairs_[image / 2];
-    return image % 2 ? pair.b : pair.a;
-  }
-  PairImage& image(int64_t n) {
-    const Pair& pair = pairs_[n / 2];
-    return flight_[pair.a == pair.b ? n / 2 * 2 : n];
-  }
-  bool repeated(int64_t n) const { return n % 2 && pairs_[n / 2].a == pairs_[n / 2].b; }
-
+  // run(job, team) for each pair.
   template <typename Run>
-  void for_each_block(Run run) {
-    const int64_t images = 2 * static_cast<int64_t>(pairs_.size());
-    for_each_task(images * blocks_.count, [&](int64_t task, int64_t) {
-      const int64_t n = task / blocks_.count;
-      if (!repeated(n)) run(n, task % blocks_.count);
+  void for_each_pair(Run run) {
+    for_each_image(static_cast<int64_t>(pairs_.size()), [&](int64_t n, const Team& team) {
+      const auto [a, b] = pairs_[n];
+      const int64_t images = pairs_[n].images();
+      const PairImage* first = &flight_[2 * team.thread];
+      run(Job{images, {first, first + images - 1}, {a, b}, {eta_[a], eta_[b]}}, team);
+    });
+  }
+
+  // run(side, block) for each row block of a job's images.
+  template <typename Run>
+  void for_each_block(const Job& job, const Team& team, Run run) const {
+    team.for_each_task(job.images * blocks_.count, [&](int64_t task, int64_t) {
+      run(task / blocks_.count, task % blocks_.count);
     });
   }
 
@@ -130,9 +138,8 @@ class Pairs {
   const int64_t depth_width_, width_;
   const float scale_;
   const float* eta_;
-  const std::vector<Pair> all_;
+  const std::vector<Pair> pairs_;
   const Blocks blocks_;
-  std::vector<Pair> pairs_;
   std::vector<PairImage> flight_;
   std::vector<Tile> tiles_;
   std::optional<Scratch> tile_memory_;
@@ -149,9 +156,9 @@ class PairsForward : Pairs {
       : Pairs(shape, scale, std::move(pairs), eta), data_(data) {}
 
   void run() {
-    const int64_t group = pairs_in_flight(), rows = blocks_.padded();
-    Scratch memory(2 * group * rows * (shape_.depth + 3 * width_ + 8));
-    for (int64_t n = 0; n < 2 * group; n++) {
+    const int64_t images = images_under_way(), rows = blocks_.padded();
+    Scratch memory(images * rows * (shape_.depth + 3 * width_ + 8));
+    for (int64_t n = 0; n < images; n++) {
       PairImage image{};
       image.x_columns = memory.take(rows * shape_.depth);
       image.v_rows = memory.take(rows * width_);
@@ -161,38 +168,36 @@ class PairsForward : Pairs {
       flight_.push_back(image);
     }
     make_tiles();
-    const int64_t total = static_cast<int64_t>(all_.size());
-    for (int64_t first = 0; first < total; first += group) {
-      pairs_.assign(all_.begin() + first, all_.begin() + std::min(first + group, total));
-      const int64_t n = static_cast<int64_t>(pairs_.size());
-      for_each_block([&](int64_t image, int64_t block) { pack(image, block); });
-      for_each_tile_pair(2 * n, blocks_,
-                         [&](const TilePair& pair, int64_t thread) {
-                           if (!repeated(pair.image)) statistics(pair, tiles_[thread]);
-                         });
-      for_each_block([&](int64_t image, int64_t block) { shares(image, block); });
-      for_each_tile_pair(n, blocks_,
-                         [&](const TilePair& pair, int64_t thread) {
-                           tile_pair(pair, tiles_[thread]);
-                         });
-      for_each_block([&](int64_t image, int64_t block) { finish(image, block); });
-    }
+    for_each_pair([&](const Job& job, const Team& team) {
+      for_each_block(job, team, [&](int64_t side, int64_t block) { pack(job, side, block); });
+      for (int64_t side = 0; side < job.images; side++)
+        for_each_tile_pair(team, blocks_, [&](const TilePair& pair, int64_t thread) {
+          statistics(*job.side[side], pair, tiles_[thread]);
+        });
+      for_each_block(job, team, [&](int64_t side, int64_t block) { shares(job, side, block); });
+      for_each_tile_pair(team, blocks_, [&](const TilePair& pair, int64_t thread) {
+        tile_pair(job, pair, tiles_[thread]);
+      });
+      for_each_block(job, team, [&](int64_t side, int64_t block) { finish(job, side, block); });
+    });
   }
 
  private:
-  void pack(int64_t n, int64_t block) {
-    const PairImage& packed = image(n);
+  void pack(const Job& job, int64_t side, int64_t block) {
+    const PairImage& packed = *job.side[side];
     const int64_t row = blocks_.first(block), rows = blocks_.rows(block);
-    const int64_t source = index(n) * blocks_.channels + row;
+    const int64_t source = job.index[side] * blocks_.channels + row;
     isa_.pack_columns(data_.x + source * shape_.depth, shape_.depth, rows, shape_.depth,
                       packed.x_columns + row * shape_.depth);
     isa_.pack_rows(data_.v + source * shape_.cols, shape_.cols, rows, shape_.cols,
                    packed.v_rows + row * width_);
+    // cci_weights asks for numbers that only the backward pass has.
+    std::fill_n(packed.pivot + row, blocks_.size, 0.0f);
+    std::fill_n(packed.delta + row, blocks_.size, 0.0f);
   }
 
-  void statistics(const TilePair& pair, const Tile& tile) {
-    const auto [n, i, j, new_i, new_j] = pair;
-    const PairImage& sums = image(n);
+  void statistics(const PairImage& sums, const TilePair& pair, const Tile& tile) {
+    const auto [i, j, new_i, new_j] = pair;
     float* s = tile.t[0];
     const int64_t ld = blocks_.size, row = blocks_.first(i), col = blocks_.first(j);
     const int64_t rows = blocks_.rows(i), cols = blocks_.rows(j);
@@ -207,25 +212,23 @@ class PairsForward : Pairs {
     isa_.mirrored_exponentials(s, rows, cols, ld, sums.max + col, nullptr, sums.sum + col);
   }
 
-  void shares(int64_t n, int64_t block) {
-    const PairImage& sums = image(n);
+  void shares(const Job& job, int64_t side, int64_t block) {
+    const PairImage& sums = *job.side[side];
     const int64_t row = blocks_.first(block), rows = blocks_.rows(block);
-    const int64_t target = index(n) * blocks_.channels + row;
+    const int64_t target = job.index[side] * blocks_.channels + row;
     reciprocals(sums.sum + row, rows, sums.share + row, sums.share_rest + row);
     std::copy_n(sums.argmax + row, rows, data_.row_argmax + target);
     std::copy_n(sums.sum + row, rows, data_.row_sum + target);
   }
 
-  void tile_pair(const TilePair& tiles, const Tile& tile) {
-    const auto [pair, i, j, new_i, new_j] = tiles;
-    const int64_t images = pairs_[pair].images();
-    const PairImage* side[2] = {&image(2 * pair), &image(2 * pair + 1)};
-    float* s[2] = {tile.t[0], tile.t[images - 1]};
-    for (int64_t n = 0; n < images; n++) gram(*side[n], i, j, s[n]);
-    for (int64_t n = 0; n < images; n++) {
-      const float eta = eta_[index(2 * pair + n)];
-      weigh(*side[n], *side[1 - n], s[n], s[1 - n], eta, i, j, false, new_i, tile);
-      if (i != j) weigh(*side[n], *side[1 - n], s[n], s[1 - n], eta, i, j, true, new_j, tile);
+  void tile_pair(const Job& job, const TilePair& pair, const Tile& tile) {
+    const auto [i, j, new_i, new_j] = pair;
+    float* s[2] = {tile.t[0], tile.t[job.images - 1]};
+    for (int64_t n = 0; n < job.images; n++) gram(*job.side[n], i, j, s[n]);
+    for (int64_t n = 0; n < job.images; n++) {
+      const PairImage &own = *job.side[n], &other = *job.side[1 - n];
+      weigh(own, other, s[n], s[1 - n], job.eta[n], i, j, false, new_i, tile);
+      if (i != j) weigh(own, other, s[n], s[1 - n], job.eta[n], i, j, true, new_j, tile);
     }
   }
 
@@ -245,11 +248,11 @@ class PairsForward : Pairs {
              width_, !first);
   }
 
-  void finish(int64_t n, int64_t block) {
-    const PairImage& sums = image(n);
+  void finish(const Job& job, int64_t side, int64_t block) {
+    const PairImage& sums = *job.side[side];
     const int64_t row = blocks_.first(block), rows = blocks_.rows(block);
     for (int64_t r = row; r < row + rows; r++) {
-      const int64_t target = (index(n) * blocks_.channels + r) * shape_.cols;
+      const int64_t target = (job.index[side] * blocks_.channels + r) * shape_.cols;
       std::copy_n(sums.acc + r * width_, shape_.cols, data_.y + target);
       std::copy_n(sums.acc2 + r * width_, shape_.cols, data_.b + target);
     }
@@ -261,7 +264,10 @@ class PairsForward : Pairs {
 class PairsBackward : Pairs {
  public:
   struct Data {
-    const float *dy, *x, *v, *row_argmax, *row_sum;
+    const float *dy, *x, *v, *y, *b, *row_argmax, *row_sum;
+    // Whether y and b are too coarse for the row sums of dP P (16 bits are), which then take a
+    // sweep of their own.
+    bool coarse;
     // Null where v is x.
     float* dv;
     float *dx, *deta;
@@ -271,11 +277,11 @@ class PairsBackward : Pairs {
       : Pairs(shape, scale, std::move(pairs), eta), data_(data) {}
 
   void run() {
-    const int64_t group = pairs_in_flight(), rows = blocks_.padded();
+    const int64_t images = images_under_way(), rows = blocks_.padded();
     const int64_t depth = shape_.depth, cols = shape_.cols;
-    Scratch memory(2 * group * rows * (depth + 2 * depth_width_ + cols + width_ + 8) +
-                   (data_.dv ? 2 * group * rows * (cols + width_) : 0));
-    for (int64_t n = 0; n < 2 * group; n++) {
+    Scratch memory(images * rows * (depth + 2 * depth_width_ + cols + width_ + 8) +
+                   (data_.dv ? images * rows * (cols + width_) : 0));
+    for (int64_t n = 0; n < images; n++) {
       PairImage image{};
       image.x_columns = memory.take(rows * depth);
       image.x_rows = memory.take(rows * depth_width_);
@@ -288,30 +294,27 @@ class PairsBackward : Pairs {
       flight_.push_back(image);
     }
     make_tiles();
-    const int64_t total = static_cast<int64_t>(all_.size());
-    for (int64_t first = 0; first < total; first += group) {
-      pairs_.assign(all_.begin() + first, all_.begin() + std::min(first + group, total));
-      const int64_t n = static_cast<int64_t>(pairs_.size());
-      for_each_block([&](int64_t image, int64_t block) { pack(image, block); });
-      for_each_tile_pair(n, blocks_,
-                         [&](const TilePair& pair, int64_t thread) {
-                           gather_delta(pair.image, pair.i, pair.j, tiles_[thread]);
-                         });
-      for_each_tile_pair(n, blocks_,
-                         [&](const TilePair& pair, int64_t thread) {
-                           tile_pair(pair, tiles_[thread]);
-                         });
-      for_each_block([&](int64_t image, int64_t block) { finish(image, block); });
-      for (int64_t image = 0; image < 2 * n; image++) finish_eta(image);
-    }
+    for_each_pair([&](const Job& job, const Team& team) {
+      for_each_block(job, team, [&](int64_t side, int64_t block) { pack(job, side, block); });
+      for_each_block(job, team, [&](int64_t side, int64_t block) { row_sums(job, side, block); });
+      if (data_.coarse)
+        for_each_tile_pair(team, blocks_, [&](const TilePair& pair, int64_t thread) {
+          gather_delta(job, pair, tiles_[thread]);
+        });
+      for_each_tile_pair(team, blocks_, [&](const TilePair& pair, int64_t thread) {
+        tile_pair(job, pair, tiles_[thread]);
+      });
+      for_each_block(job, team, [&](int64_t side, int64_t block) { finish(job, side, block); });
+      for (int64_t side = 0; side < job.images; side++) finish_eta(job, side);
+    });
   }
 
  private:
-  void pack(int64_t n, int64_t block) {
-    const PairImage& packed = image(n);
+  void pack(const Job& job, int64_t side, int64_t block) {
+    const PairImage& packed = *job.side[side];
     const int64_t row = blocks_.first(block), rows = blocks_.rows(block);
     const int64_t depth = shape_.depth, cols = shape_.cols;
-    const int64_t first = index(n) * blocks_.channels, source = first + row;
+    const int64_t first = job.index[side] * blocks_.channels, source = first + row;
     isa_.pack_columns(data_.x + source * depth, depth, rows, depth, packed.x_columns + row * depth);
     isa_.pack_rows(data_.x + source * depth, depth, rows, depth,
                    packed.x_rows + row * depth_width_);
@@ -319,8 +322,7 @@ class PairsBackward : Pairs {
     isa_.pack_rows(data_.dy + source * cols, cols, rows, cols, packed.dy_rows + row * width_);
     if (data_.dv)
       isa_.pack_columns(data_.v + source * cols, cols, rows, cols, packed.v_columns + row * cols);
-    for (float* array :
-         {packed.argmax, packed.share, packed.share_rest, packed.delta, packed.zero, packed.deta})
+    for (float* array : {packed.argmax, packed.share, packed.share_rest})
       std::fill_n(array + row, blocks_.size, 0.0f);
     std::copy_n(data_.row_argmax + source, rows, packed.argmax + row);
     reciprocals(data_.row_sum + source, rows, packed.share + row, packed.share_rest + row);
@@ -328,17 +330,69 @@ class PairsBackward : Pairs {
                     rows, depth, scale_, packed.max + row);
   }
 
-  PairSide side(int64_t pair, int64_t n, int64_t i, int64_t j, const Tile& tile) {
-    const PairImage& packed = image(2 * pair + n);
+  // Row sums of P dP, as pivot and delta, and of dM P_other:
+  // P dP = dY . A - eta_other dY_other . b_other, A = y + eta b; dM P_other = dY . b.
+  void row_sums(const Job& job, int64_t side, int64_t block) {
+    const PairImage &own = *job.side[side], &other = *job.side[1 - side];
+    const int64_t row = blocks_.first(block), rows = blocks_.rows(block), cols = shape_.cols;
+    const int64_t first = job.index[side] * blocks_.channels;
+    const int64_t other_first = job.index[1 - side] * blocks_.channels;
+    float use[kLargestPairBlock] = {}, other_use[kLargestPairBlock] = {};
+    signs_at_largest(job, side, block, use, other_use);
+    isa_.pivots(own.dy_columns + row * cols, data_.v + first * cols, data_.y + (first + row) * cols,
+                data_.b + (first + row) * cols, job.eta[side], own.argmax + row, use, rows, cols,
+                own.pivot + row, own.delta + row);
+    float pivot[kLargestPairBlock], delta[kLargestPairBlock];
+    isa_.pivots(other.dy_columns + row * cols, data_.v + other_first * cols,
+                data_.b + (other_first + row) * cols, nullptr, 0.0f, own.argmax + row, other_use,
+                rows, cols, pivot, delta);
+    for (int64_t r = 0; r < rows; r++) {
+      own.pivot[row + r] -= job.eta[1 - side] * pivot[r];
+      own.delta[row + r] -= job.eta[1 - side] * delta[r];
+      const float *dy = data_.dy + (first + row + r) * cols,
+                  *b = data_.b + (first + row + r) * cols;
+      double sum = 0;
+      for (int64_t k = 0; k < cols; k++) sum += static_cast<double>(dy[k]) * b[k];
+      own.deta[row + r] = static_cast<float>(sum);
+    }
+    for (float* array : {own.pivot, own.delta, own.deta})
+      std::fill(array + row + rows, array + row + blocks_.size, 0.0f);
+    if (data_.coarse) {
+      std::fill_n(own.delta + row, rows, 0.0f);
+      std::fill_n(own.deta + row, rows, 0.0f);
+    }
+  }
+
+  // sign(M) of both directions where a row's largest weight stands; 0 if that is no more than 1/2.
+  void signs_at_largest(const Job& job, int64_t side, int64_t block, float* use,
+                        float* other_use) const {
+    const PairImage &own = *job.side[side], &other = *job.side[1 - side];
+    const int64_t row = blocks_.first(block), depth = shape_.depth;
+    const float* other_x = data_.x + job.index[1 - side] * blocks_.channels * depth;
+    const auto sign = [](float m) { return static_cast<float>((m > 0) - (m < 0)); };
+    float logit[kLargestPairBlock];
+    isa_.max_logits(other.x_columns + row * depth, other_x, own.argmax + row, blocks_.rows(block),
+                    depth, scale_, logit);
+    for (int64_t r = 0; r < blocks_.rows(block); r++) {
+      const float weight = own.share[row + r];
+      if (!(weight > 0.5f)) continue;
+      const float other_weight = std::exp(logit[r] - other.max[row + r]) * other.share[row + r];
+      use[r] = sign(weight - job.eta[side] * other_weight);
+      other_use[r] = sign(other_weight - job.eta[1 - side] * weight);
+    }
+  }
+
+  PairSide side(const Job& job, int64_t n, int64_t i, int64_t j, const Tile& tile) {
+    const PairImage& packed = *job.side[n];
     const int64_t ld = blocks_.size, row = blocks_.first(i), col = blocks_.first(j);
     const int64_t rows = blocks_.rows(i), cols = blocks_.rows(j), k = shape_.cols;
-    const int64_t at = 3 * (pairs_[pair].images() - 1) * n;
+    const int64_t at = 3 * (job.images - 1) * n;
     PairSide side{tile.t[at],         tile.t[at + 1],
                   tile.t[at + 2],     packed.stats(row),
-                  packed.stats(col),  eta_[index(2 * pair + n)],
+                  packed.stats(col),  job.eta[n],
                   packed.delta + row, i == j ? nullptr : packed.delta + col,
                   packed.deta + row};
-    if (n < pairs_[pair].images()) {
+    if (n < job.images) {
       gram(packed, i, j, side.s);
       isa_.gram(packed.dy_columns + row * k, packed.v_columns + col * k, rows, cols, k, side.e, ld);
       isa_.gram(packed.v_columns + row * k, packed.dy_columns + col * k, rows, cols, k, side.f, ld);
@@ -346,21 +400,21 @@ class PairsBackward : Pairs {
     return side;
   }
 
-  void gather_delta(int64_t pair, int64_t i, int64_t j, const Tile& tile) {
-    const PairSide a = side(pair, 0, i, j, tile), b = side(pair, 1, i, j, tile);
-    isa_.cci_delta(a, b, blocks_.rows(i), blocks_.rows(j), blocks_.size, scale_);
+  void gather_delta(const Job& job, const TilePair& pair, const Tile& tile) {
+    const PairSide a = side(job, 0, pair.i, pair.j, tile), b = side(job, 1, pair.i, pair.j, tile);
+    isa_.cci_delta(a, b, blocks_.rows(pair.i), blocks_.rows(pair.j), blocks_.size, scale_);
   }
 
-  void tile_pair(const TilePair& tiles, const Tile& tile) {
-    const auto [pair, i, j, new_i, new_j] = tiles;
-    const PairSide sides[2] = {side(pair, 0, i, j, tile), side(pair, 1, i, j, tile)};
-    isa_.cci_gradient(sides[0], sides[1], blocks_.rows(i), blocks_.rows(j), blocks_.size, scale_);
-    for (int64_t n = 0; n < pairs_[pair].images(); n++)
-      add_products(image(2 * pair + n), sides[n], tiles);
+  void tile_pair(const Job& job, const TilePair& pair, const Tile& tile) {
+    const PairSide sides[2] = {side(job, 0, pair.i, pair.j, tile),
+                               side(job, 1, pair.i, pair.j, tile)};
+    isa_.cci_gradient(sides[0], sides[1], blocks_.rows(pair.i), blocks_.rows(pair.j), blocks_.size,
+                      scale_);
+    for (int64_t n = 0; n < job.images; n++) add_products(*job.side[n], sides[n], pair);
   }
 
-  void add_products(const PairImage& packed, const PairSide& side, const TilePair& tiles) {
-    const auto [_, i, j, new_i, new_j] = tiles;
+  void add_products(const PairImage& packed, const PairSide& side, const TilePair& pair) {
+    const auto [i, j, new_i, new_j] = pair;
     const int64_t ld = blocks_.size, row = blocks_.first(i), col = blocks_.first(j);
     const int64_t rows = blocks_.rows(i), cols = blocks_.rows(j);
     const int64_t depth = shape_.depth, k = shape_.cols;
@@ -375,21 +429,21 @@ class PairsBackward : Pairs {
                              packed.acc2 + col * width_, width_, !new_j || !data_.dv);
   }
 
-  void finish(int64_t n, int64_t block) {
-    const PairImage& sums = image(n);
+  void finish(const Job& job, int64_t side, int64_t block) {
+    const PairImage& sums = *job.side[side];
     const int64_t row = blocks_.first(block), rows = blocks_.rows(block);
     for (int64_t r = row; r < row + rows; r++) {
-      const int64_t target = index(n) * blocks_.channels + r;
+      const int64_t target = job.index[side] * blocks_.channels + r;
       std::copy_n(sums.acc + r * depth_width_, shape_.depth, data_.dx + target * shape_.depth);
       if (data_.dv)
         std::copy_n(sums.acc2 + r * width_, shape_.cols, data_.dv + target * shape_.cols);
     }
   }
 
-  void finish_eta(int64_t n) {
+  void finish_eta(const Job& job, int64_t side) {
     double sum = 0;
-    for (int64_t r = 0; r < blocks_.channels; r++) sum += image(n).deta[r];
-    data_.deta[index(n)] = static_cast<float>(-sum);
+    for (int64_t r = 0; r < blocks_.channels; r++) sum += job.side[side]->deta[r];
+    data_.deta[job.index[side]] = static_cast<float>(-sum);
   }
 
   const Data data_;
@@ -432,16 +486,22 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> cci_backward(
     const at::Tensor& row_argmax, const at::Tensor& row_sum, double scale) {
   check(x, partner, eta);
   const at::Tensor wide_x = wide(x), wide_dy = wide(dy), wide_eta = wide(eta);
-  const at::Tensor wide_v = v ? wide(*v) : wide_x;
+  const at::Tensor wide_v = v ? wide(*v) : wide_x, wide_y = wide(y), wide_b = wide(b);
   at::Tensor dx = at::empty_like(wide_x);
   at::Tensor dv = v ? at::empty_like(wide_v) : at::empty({0}, wide_x.options());
   at::Tensor deta = at::empty_like(wide_eta);
   const Shape shape{x.size(0), x.size(1), x.size(2), wide_v.size(2)};
-  const PairsBackward::Data data{
-      wide_dy.const_data_ptr<float>(), wide_x.const_data_ptr<float>(),
-      wide_v.const_data_ptr<float>(),  row_argmax.const_data_ptr<float>(),
-      row_sum.const_data_ptr<float>(), v ? dv.mutable_data_ptr<float>() : nullptr,
-      dx.mutable_data_ptr<float>(),    deta.mutable_data_ptr<float>()};
+  const PairsBackward::Data data{wide_dy.const_data_ptr<float>(),
+                                 wide_x.const_data_ptr<float>(),
+                                 wide_v.const_data_ptr<float>(),
+                                 wide_y.const_data_ptr<float>(),
+                                 wide_b.const_data_ptr<float>(),
+                                 row_argmax.const_data_ptr<float>(),
+                                 row_sum.const_data_ptr<float>(),
+                                 x.scalar_type() != at::kFloat || x.size(1) <= kExactChannels,
+                                 v ? dv.mutable_data_ptr<float>() : nullptr,
+                                 dx.mutable_data_ptr<float>(),
+                                 deta.mutable_data_ptr<float>()};
   if (x.size(0) > 0)
     PairsBackward(shape, static_cast<float>(scale), make_pairs(partner),
                   wide_eta.const_data_ptr<float>(), data)

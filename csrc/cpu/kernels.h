@@ -75,10 +75,13 @@ struct Kernels {
   // added in gram's order, so that it is gram's number, bit for bit. argmax counts rows of x.
   void (*max_logits)(const float* x_columns, const float* x, const float* argmax, int64_t rows,
                      int64_t depth, float scale, float* row_max);
-  // pivot and delta of RowStats, from dY = dy_columns, y (the block's rows) and v (the image's).
-  // Rows without a weight above 1/2 need no pivot: 0.
-  void (*pivots)(const float* dy_columns, const float* v, const float* y, const float* argmax,
-                 const float* share, int64_t rows, int64_t depth, float* pivot, float* delta);
+  // dY . r in two parts, of r = y + eta b (b may be null): pivot, of use times row argmax of v, and
+  // delta, of the rest. dY = dy_columns, y and b are the block's rows, v the image's. Where a
+  // weight is nearly 1, v's row is nearly r: use is 1 (or the weight's sign) where one is above
+  // 1/2, else 0.
+  void (*pivots)(const float* dy_columns, const float* v, const float* y, const float* b, float eta,
+                 const float* argmax, const float* use, int64_t rows, int64_t depth, float* pivot,
+                 float* delta);
   // row_delta += row sums of P dP, col_delta (unless null) the same of the mirrored tile, from the
   // tiles named below.
   void (*sci_delta)(const float* s, const float* e, const float* f, int64_t rows, int64_t cols,

@@ -49,31 +49,48 @@ inline BothDirections both_directions(const PairSide& a, const PairSide& b, int6
           pair_gradient(w_a.q, w_b.q, load(a.f + at), load(b.f + at), a.eta, b.eta)};
 }
 
+// Sums over a tile's rows in the making, of one image: delta straight and mirrored, deta.
+struct PairSums {
+  Vec row_delta[kRowsOfSum], row_deta[kRowsOfSum];
+  Vec col_delta;
+};
+
 inline void cci_delta(const PairSide& a, const PairSide& b, int64_t rows, int64_t cols, int64_t ld,
                       float scale) {
-  const bool two = a.s != b.s;
-  const auto gather = [&](const PairSide& side, Vec row_delta, Vec row_deta, int64_t r) {
-    side.row_delta[r] += sum_lanes(row_delta);
-    side.row_deta[r] += sum_lanes(row_deta);
-  };
-  const auto add = [](float* sum, Vec v) { store(sum, load(sum) + v); };
-  for (int64_t r = 0; r < rows; r++) {
-    Vec delta_a = splat(0), delta_b = splat(0), deta_a = splat(0), deta_b = splat(0);
+  const PairSide* sides[2] = {&a, &b};
+  const int64_t images = a.s == b.s ? 1 : 2;
+  for (int64_t first = 0; first < rows; first += kRowsOfSum) {
+    const int64_t n = rows - first < kRowsOfSum ? rows - first : kRowsOfSum;
+    PairSums sums[2];
+    for (PairSums& side : sums)
+      for (int64_t r = 0; r < n; r++) side.row_delta[r] = side.row_deta[r] = splat(0);
     for (int64_t j = 0; j < cols; j += kWidth) {
-      const BothDirections g = both_directions(a, b, ld, scale, r, j);
       const auto within = [&](Vec v) { return first_lanes(cols - j, v, splat(0)); };
-      delta_a = delta_a + within(g.straight.p_a * g.straight.dp_a);
-      delta_b = delta_b + within(g.straight.p_b * g.straight.dp_b);
-      deta_a = deta_a + within(g.straight.dm_a * g.straight.p_b);
-      deta_b = deta_b + within(g.straight.dm_b * g.straight.p_a);
-      if (!a.col_delta) continue;
-      deta_a = deta_a + within(g.mirrored.dm_a * g.mirrored.p_b);
-      deta_b = deta_b + within(g.mirrored.dm_b * g.mirrored.p_a);
-      add(a.col_delta + j, g.mirrored.p_a * g.mirrored.dp_a);
-      if (two) add(b.col_delta + j, g.mirrored.p_b * g.mirrored.dp_b);
+      sums[0].col_delta = sums[1].col_delta = splat(0);
+      for (int64_t r = 0; r < n; r++) {
+        const BothDirections g = both_directions(a, b, ld, scale, first + r, j);
+        const auto add = [&](PairSums& to, const PairSide& side, Vec p, Vec dp, Vec deta, Vec q,
+                             Vec dq, Vec mirrored_deta) {
+          const Vec pivot = splat(side.row.pivot[first + r]);
+          to.row_delta[r] = to.row_delta[r] + within(p * (dp - pivot));
+          to.row_deta[r] = to.row_deta[r] + within(side.col_delta ? deta + mirrored_deta : deta);
+          to.col_delta = to.col_delta + q * (dq - load(side.col.pivot + j));
+        };
+        const PairGradient &s = g.straight, &m = g.mirrored;
+        add(sums[0], a, s.p_a, s.dp_a, s.dm_a * s.p_b, m.p_a, m.dp_a, m.dm_a * m.p_b);
+        add(sums[1], b, s.p_b, s.dp_b, s.dm_b * s.p_a, m.p_b, m.dp_b, m.dm_b * m.p_a);
+      }
+      for (int64_t side = 0; side < images; side++) {
+        float* col_delta = sides[side]->col_delta;
+        if (col_delta) store(col_delta + j, load(col_delta + j) + sums[side].col_delta);
+      }
     }
-    gather(a, delta_a, deta_a, r);
-    if (two) gather(b, delta_b, deta_b, r);
+    for (int64_t side = 0; side < images; side++) {
+      for (int64_t r = 0; r < n; r++) {
+        sides[side]->row_delta[first + r] += sum_lanes(sums[side].row_delta[r]);
+        sides[side]->row_deta[first + r] += sum_lanes(sums[side].row_deta[r]);
+      }
+    }
   }
 }
 
@@ -89,10 +106,14 @@ inline void cci_gradient(const PairSide& a, const PairSide& b, int64_t rows, int
   for (int64_t r = 0; r < rows; r++) {
     for (int64_t j = 0; j < cols; j += kWidth) {
       const BothDirections g = both_directions(a, b, ld, scale, r, j);
-      const Vec ds_a = g.straight.p_a * (g.straight.dp_a - splat(a.row.delta[r]));
-      const Vec ds_b = g.straight.p_b * (g.straight.dp_b - splat(b.row.delta[r]));
-      const Vec back_a = g.mirrored.p_a * (g.mirrored.dp_a - load(a.col.delta + j));
-      const Vec back_b = g.mirrored.p_b * (g.mirrored.dp_b - load(b.col.delta + j));
+      const Vec ds_a = softmax_gradient(g.straight.p_a, g.straight.dp_a, splat(a.row.pivot[r]),
+                                        splat(a.row.delta[r]));
+      const Vec ds_b = softmax_gradient(g.straight.p_b, g.straight.dp_b, splat(b.row.pivot[r]),
+                                        splat(b.row.delta[r]));
+      const Vec back_a = softmax_gradient(g.mirrored.p_a, g.mirrored.dp_a, load(a.col.pivot + j),
+                                          load(a.col.delta + j));
+      const Vec back_b = softmax_gradient(g.mirrored.p_b, g.mirrored.dp_b, load(b.col.pivot + j),
+                                          load(b.col.delta + j));
       write(a, r, j, ds_a, back_a, g.straight.m_a, g.mirrored.m_a);
       write(b, r, j, ds_b, back_b, g.straight.m_b, g.mirrored.m_b);
     }

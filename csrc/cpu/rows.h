@@ -151,25 +151,28 @@ inline void max_logits(const float* x_columns, const float* x, const float* argm
   });
 }
 
-inline void pivots(const float* dy_columns, const float* v, const float* y, const float* argmax,
-                   const float* share, int64_t rows, int64_t depth, float* pivot, float* delta) {
+// Column k of kWidth rows.
+inline Vec column_of(const float* const* rows, int64_t k) {
+  float values[kWidth];
+  for (int64_t i = 0; i < kWidth; i++) values[i] = rows[i][k];
+  return load(values);
+}
+
+inline void pivots(const float* dy_columns, const float* v, const float* y, const float* b,
+                   float eta, const float* argmax, const float* use, int64_t rows, int64_t depth,
+                   float* pivot, float* delta) {
   for_each_row_vector(dy_columns, rows, depth, [&](const float* left, int64_t pitch, int64_t row) {
-    const float *largest[kWidth], *result[kWidth];
-    float use[kWidth];
+    const float *largest[kWidth], *result[kWidth], *rest[kWidth];
     for (int64_t i = 0; i < kWidth; i++) {
-      // The largest weight is exp(0) / sum.
-      use[i] = share[row + i] > 0.5f ? 1.0f : 0.0f;
-      largest[i] = v + static_cast<int64_t>(argmax[row + i]) * depth;
-      result[i] = y + (row + i < rows ? row + i : 0) * depth;
+      const int64_t r = row + i < rows ? row + i : 0;
+      largest[i] = v + static_cast<int64_t>(argmax[r]) * depth;
+      result[i] = y + r * depth;
+      rest[i] = b ? b + r * depth : result[i];
     }
-    float values[kWidth];
-    const auto pivot_column = [&](int64_t k) {
-      for (int64_t i = 0; i < kWidth; i++) values[i] = use[i] * largest[i][k];
-      return load(values);
-    };
+    const Vec factor = load(use + row), part = splat(b ? eta : 0.0f);
+    const auto pivot_column = [&](int64_t k) { return factor * column_of(largest, k); };
     const auto rest_column = [&](int64_t k) {
-      for (int64_t i = 0; i < kWidth; i++) values[i] = result[i][k] - use[i] * largest[i][k];
-      return load(values);
+      return column_of(result, k) - pivot_column(k) + part * column_of(rest, k);
     };
     store(pivot + row, ordered_dot(left, pitch, depth, pivot_column));
     store(delta + row, ordered_dot(left, pitch, depth, rest_column));
@@ -217,6 +220,10 @@ inline void sci_delta(const float* s, const float* e, const float* f, int64_t ro
   }
 }
 
+inline Vec softmax_gradient(Vec p, Vec dp, Vec pivot, Vec delta) {
+  return p * (dp - pivot - delta);
+}
+
 inline void sci_gradient(float* s, float* e, float* f, int64_t rows, int64_t cols, int64_t ld,
                          float scale, RowStats row, RowStats col) {
   for (int64_t r = 0; r < rows; r++) {
@@ -224,8 +231,8 @@ inline void sci_gradient(float* s, float* e, float* f, int64_t rows, int64_t col
     for (int64_t j = 0; j < cols; j += kWidth) {
       const int64_t at = r * ld + j;
       const Weights w = weights(load(s + at) * splat(scale), row, col, r, j);
-      const Vec d = w.p * (load(e + at) - pivot - delta) +
-                    w.q * (load(f + at) - load(col.pivot + j) - load(col.delta + j));
+      const Vec d = softmax_gradient(w.p, load(e + at), pivot, delta) +
+                    softmax_gradient(w.q, load(f + at), load(col.pivot + j), load(col.delta + j));
       store(s + at, d * splat(scale));
       store(e + at, w.p);
       store(f + at, w.q);

@@ -23,9 +23,6 @@ int64_t padded_width(const Kernels& isa, int64_t n) {
   return (n + isa.width - 1) / isa.width * isa.width;
 }
 
-// So few channels that the exact sum of P dP is worth a sweep in float32, too.
-constexpr int64_t kExactChannels = 256;
-
 // One image of the forward pass: packed operands, and sums in the making. All are arrays of row
 // blocks.
 struct ForwardImage {
@@ -55,10 +52,10 @@ class Forward {
         row_sum_(row_sum.mutable_data_ptr<float>()) {}
 
   void run() {
-    const int64_t group = images_in_flight(images_, blocks_);
+    const int64_t flights = images_in_flight(images_);
     const int64_t rows = blocks_.padded(), size = blocks_.size;
-    Scratch memory(group * rows * (depth_ + 2 * width_ + 3));
-    for (int64_t g = 0; g < group; g++)
+    Scratch memory(flights * rows * (depth_ + 2 * width_ + 3));
+    for (int64_t n = 0; n < flights; n++)
       flight_.push_back({memory.take(rows * depth_), memory.take(rows * width_),
                          memory.take(rows * width_), memory.take(rows), memory.take(rows),
                          memory.take(rows)});
@@ -67,19 +64,17 @@ class Forward {
     for (int64_t t = 0; t < threads; t++)
       tiles_.push_back({tiles.take(size * size), tiles.take(size * size), tiles.take(size),
                         tiles.take(size), tiles.take(size), tiles.take(size)});
-    for (first_ = 0; first_ < images_; first_ += group) {
-      const int64_t n = std::min(group, images_ - first_);
-      for_each_task(n * blocks_.count, [&](int64_t task, int64_t) {
-        pack(task / blocks_.count, task % blocks_.count);
+    for_each_image(images_, [&](int64_t index, const Team& team) {
+      const ForwardImage& image = flight_[team.thread];
+      const int64_t source = index * blocks_.channels;
+      team.for_each_task(blocks_.count,
+                         [&](int64_t block, int64_t) { pack(image, source, block); });
+      for_each_tile_pair(team, blocks_, [&](const TilePair& pair, int64_t thread) {
+        tile_pair(image, pair, tiles_[thread]);
       });
-      for_each_tile_pair(n, blocks_,
-                         [&](const TilePair& pair, int64_t thread) {
-                           tile_pair(flight_[pair.image], pair, tiles_[thread]);
-                         });
-      for_each_task(n * blocks_.count, [&](int64_t task, int64_t) {
-        finish(task / blocks_.count, task % blocks_.count);
-      });
-    }
+      team.for_each_task(blocks_.count,
+                         [&](int64_t block, int64_t) { finish(image, source, block); });
+    });
   }
 
  private:
@@ -88,16 +83,16 @@ class Forward {
     float *row_max, *col_max, *row_factor, *col_factor;
   };
 
-  void pack(int64_t g, int64_t block) {
-    const ForwardImage& image = flight_[g];
+  // first_row: of the image among all rows of the batch.
+  void pack(const ForwardImage& image, int64_t first_row, int64_t block) {
     const int64_t row = blocks_.first(block), rows = blocks_.rows(block);
-    const int64_t source = (first_ + g) * blocks_.channels + row;
+    const int64_t source = first_row + row;
     isa_.pack_columns(x_ + source * depth_, depth_, rows, depth_, image.x_columns + row * depth_);
     isa_.pack_rows(v_ + source * cols_, cols_, rows, cols_, image.v_rows + row * width_);
   }
 
   void tile_pair(const ForwardImage& image, const TilePair& pair, const Tile& tile) {
-    const auto [_, i, j, new_i, new_j] = pair;
+    const auto [i, j, new_i, new_j] = pair;
     const int64_t ld = blocks_.size, row = blocks_.first(i), col = blocks_.first(j);
     const int64_t rows = blocks_.rows(i), cols = blocks_.rows(j);
     const bool mirrored = i != j;
@@ -120,10 +115,9 @@ class Forward {
                   image.acc + row * width_, width_, !new_i);
   }
 
-  void finish(int64_t g, int64_t block) {
-    const ForwardImage& image = flight_[g];
+  void finish(const ForwardImage& image, int64_t first_row, int64_t block) {
     const int64_t row = blocks_.first(block), rows = blocks_.rows(block);
-    const int64_t target = (first_ + g) * blocks_.channels + row;
+    const int64_t target = first_row + row;
     isa_.normalize(image.acc + row * width_, width_, rows, cols_, image.sum + row,
                    y_ + target * cols_);
     std::copy_n(image.argmax + row, rows, row_argmax_ + target);
@@ -136,7 +130,6 @@ class Forward {
   const Blocks blocks_;
   const float *x_, *v_;
   float *y_, *row_argmax_, *row_sum_;
-  int64_t first_ = 0;
   std::vector<ForwardImage> flight_;
   std::vector<Tile> tiles_;
 };
@@ -179,13 +172,13 @@ class Backward {
         separate_v_(dv != nullptr) {}
 
   void run() {
-    const int64_t group = images_in_flight(shape_.images, blocks_);
+    const int64_t flights = images_in_flight(shape_.images);
     const int64_t rows = blocks_.padded(), size = blocks_.size;
     const int64_t depth = shape_.depth, cols = shape_.cols;
     const int64_t image_floats = rows * (depth + 2 * depth_width_ + cols + width_ + 6) +
                                  (separate_v_ ? rows * (cols + width_) : 0);
-    Scratch memory(group * image_floats);
-    for (int64_t g = 0; g < group; g++) {
+    Scratch memory(flights * image_floats);
+    for (int64_t n = 0; n < flights; n++) {
       BackwardImage image;
       image.x_columns = memory.take(rows * depth);
       image.x_rows = memory.take(rows * depth_width_);
@@ -206,24 +199,21 @@ class Backward {
     Scratch tiles(threads * 3 * size * size);
     for (int64_t t = 0; t < threads; t++)
       tiles_.push_back({tiles.take(size * size), tiles.take(size * size), tiles.take(size * size)});
-    for (first_ = 0; first_ < shape_.images; first_ += group) {
-      const int64_t n = std::min(group, shape_.images - first_);
-      for_each_task(n * blocks_.count, [&](int64_t task, int64_t) {
-        pack(task / blocks_.count, task % blocks_.count);
-      });
+    for_each_image(shape_.images, [&](int64_t index, const Team& team) {
+      const BackwardImage& image = flight_[team.thread];
+      const int64_t source = index * blocks_.channels;
+      team.for_each_task(blocks_.count,
+                         [&](int64_t block, int64_t) { pack(image, source, block); });
       if (in_.coarse_y)
-        for_each_tile_pair(n, blocks_,
-                           [&](const TilePair& pair, int64_t thread) {
-                             gather_delta(flight_[pair.image], pair.i, pair.j, tiles_[thread]);
-                           });
-      for_each_tile_pair(n, blocks_,
-                         [&](const TilePair& pair, int64_t thread) {
-                           tile_pair(flight_[pair.image], pair, tiles_[thread]);
-                         });
-      for_each_task(n * blocks_.count, [&](int64_t task, int64_t) {
-        finish(task / blocks_.count, task % blocks_.count);
+        for_each_tile_pair(team, blocks_, [&](const TilePair& pair, int64_t thread) {
+          gather_delta(image, pair.i, pair.j, tiles_[thread]);
+        });
+      for_each_tile_pair(team, blocks_, [&](const TilePair& pair, int64_t thread) {
+        tile_pair(image, pair, tiles_[thread]);
       });
-    }
+      team.for_each_task(blocks_.count,
+                         [&](int64_t block, int64_t) { finish(image, source, block); });
+    });
   }
 
  private:
@@ -231,11 +221,10 @@ class Backward {
     float *s, *e, *f;
   };
 
-  void pack(int64_t g, int64_t block) {
-    const BackwardImage& image = flight_[g];
+  void pack(const BackwardImage& image, int64_t first_row, int64_t block) {
     const int64_t row = blocks_.first(block), rows = blocks_.rows(block);
     const int64_t depth = shape_.depth, cols = shape_.cols;
-    const int64_t source = (first_ + g) * blocks_.channels + row;
+    const int64_t source = first_row + row;
     isa_.pack_columns(in_.x + source * depth, depth, rows, depth, image.x_columns + row * depth);
     isa_.pack_rows(in_.x + source * depth, depth, rows, depth, image.x_rows + row * depth_width_);
     isa_.pack_columns(in_.dy + source * cols, cols, rows, cols, image.dy_columns + row * cols);
@@ -253,9 +242,10 @@ class Backward {
     reciprocals(in_.row_sum + source, rows, image.share + row, image.share_rest + row);
     isa_.max_logits(image.x_columns + row * depth, in_.x + first * depth, image.argmax + row, rows,
                     depth, scale_, image.max + row);
-    isa_.pivots(image.dy_columns + row * cols, in_.v + first * cols, in_.y + source * cols,
-                image.argmax + row, image.share + row, rows, cols, image.pivot + row,
-                image.delta + row);
+    float use[kLargestBlock];
+    for (int64_t r = 0; r < blocks_.size; r++) use[r] = image.share[row + r] > 0.5f ? 1.0f : 0.0f;
+    isa_.pivots(image.dy_columns + row * cols, in_.v + first * cols, in_.y + source * cols, nullptr,
+                0.0f, image.argmax + row, use, rows, cols, image.pivot + row, image.delta + row);
     // A coarse y's delta is gathered from the tiles.
     if (in_.coarse_y) std::fill_n(image.delta + row, blocks_.size, 0.0f);
   }
@@ -279,7 +269,7 @@ class Backward {
   }
 
   void tile_pair(const BackwardImage& image, const TilePair& pair, const Tile& tile) {
-    const auto [_, i, j, new_i, new_j] = pair;
+    const auto [i, j, new_i, new_j] = pair;
     const int64_t ld = blocks_.size, row = blocks_.first(i), col = blocks_.first(j);
     const int64_t rows = blocks_.rows(i), cols = blocks_.rows(j);
     const int64_t depth = shape_.depth, k = shape_.cols;
@@ -297,10 +287,9 @@ class Backward {
                              image.dv + col * width_, width_, !new_j || !separate_v_);
   }
 
-  void finish(int64_t g, int64_t block) {
-    const BackwardImage& image = flight_[g];
+  void finish(const BackwardImage& image, int64_t first_row, int64_t block) {
     const int64_t row = blocks_.first(block), rows = blocks_.rows(block);
-    const int64_t target = (first_ + g) * blocks_.channels + row;
+    const int64_t target = first_row + row;
     const auto copy = [&](const float* from, int64_t ld, int64_t n, float* to) {
       for (int64_t r = 0; r < rows; r++) std::copy_n(from + r * ld, n, to + r * n);
     };
@@ -316,7 +305,6 @@ class Backward {
   const Inputs in_;
   float *dx_, *dv_;
   const bool separate_v_;
-  int64_t first_ = 0;
   std::vector<BackwardImage> flight_;
   std::vector<Tile> tiles_;
 };

@@ -1,0 +1,274 @@
+"""The CPU backend against its targets: ``pytest bench/bench_cpu_targets.py --benchmark-only``.
+
+Every row is a ratio of two times that were taken in turn in one run, after both sides kept the
+rule for numbers. The table is printed at the end and written to ``bench/results/MACHINE/``
+(``CIN_FAST_BENCH_RESULTS`` names another folder; quick runs write nothing).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import bench_head
+import bench_models
+import bench_pair_head
+import pytest
+import torch
+from bench_models import ModelCase
+from cases import DEVICE, QUICK, Case
+from conftest import Comparison, Entry, Work
+from operators import CHECKED_IMAGES, Arguments, entry
+from rivals import Rival, eager_sci, sci_rivals
+from torch import Tensor
+from torch.nn import functional as F
+
+from cin_fast.cost import sci_flops
+from cin_fast.info import device_name, versions
+from cin_fast.records import git_commit
+from cin_fast.testing import make_input
+
+OURS = "cpu"
+RESULTS = Path(__file__).parent / "results"
+CHANNELS = 256 if QUICK else 2048
+SIDE = 5 if QUICK else 14
+IMAGES = 64 if QUICK else 448
+MODEL = "resnet18" if QUICK else "resnet50"
+
+
+@dataclass(frozen=True)
+class Target:
+    """A row: ``subject`` against ``rival``; ``must`` and ``aim`` bound the ratio of their times.
+
+    ``overhead`` rows compare ours over the rival's (smaller is better), others how many times
+    faster ours is.
+    """
+
+    name: str
+    case: Case | ModelCase
+    subject: str
+    rival: str
+    prepare: Callable[[Case | ModelCase, str], Entry]
+    must: float
+    aim: float
+    overhead: bool = False
+
+    @property
+    def group(self) -> str:
+        """The heading that both sides share."""
+        return self.name
+
+    def __str__(self) -> str:
+        return re.sub(r"\W+", "-", self.name)
+
+
+def sdpa_sci(x_BCL: Tensor) -> Tensor:
+    """Attention over channels, with the head axis that the fused CPU kernel asks for."""
+    x = x_BCL.unsqueeze(1)
+    return F.scaled_dot_product_attention(-x, x, x, scale=1.0).squeeze(1)
+
+
+SCI_RIVALS = {rival.name: rival for rival in sci_rivals()} | {"sdpa": Rival("sdpa", sdpa_sci)}
+
+
+def prepare_sci(case: Case, name: str) -> Entry:
+    """A dense rival with its inputs."""
+
+    def arguments(batch: int) -> Arguments:
+        x_BCL = make_input("relu", (batch, case.channels, case.positions), case.dtype)
+        return Arguments((x_BCL,), dy=torch.randn_like(x_BCL) if case.backward else None)
+
+    return entry(
+        SCI_RIVALS[name],
+        eager_sci,
+        arguments(case.batch),
+        arguments(min(case.batch, CHECKED_IMAGES)),
+    )
+
+
+def _targets() -> list[Target]:
+    def case(dtype: str = "float32", backward: bool = False) -> Case:
+        return Case("resnet50-448", 4, CHANNELS, SIDE, SIDE, dtype, backward)
+
+    def model(name: str, batch: int, training: bool) -> ModelCase:
+        return ModelCase(name, batch, IMAGES, training)
+
+    danet = Case("danet", 2, 128 if QUICK else 512, 4 * SIDE if QUICK else 64, 64, backward=True)
+    head, pair = bench_head.prepare, bench_pair_head.prepare
+    cin, plain = f"{MODEL}-cin", MODEL
+    whole = bench_models.prepare
+    return [
+        Target("dense sci forward, float32", case(), OURS, "sdpa", prepare_sci, 2.0, 2.8),
+        Target(
+            "dense sci forward + backward, float32",
+            case(backward=True),
+            OURS,
+            "sdpa",
+            prepare_sci,
+            1.8,
+            2.5,
+        ),
+        Target(
+            "dense sci forward, bfloat16", case("bfloat16"), OURS, "sdpa", prepare_sci, 2.0, 4.0
+        ),
+        Target("head, pooled", case(), OURS, "eager", head, 10.0, 20.0),
+        Target(
+            "pair head in training, pooled", case(backward=True), OURS, "eager", pair, 8.0, 15.0
+        ),
+        Target("DANet forward + backward over SDPA", danet, OURS, "sdpa", prepare_sci, 1.0, 2.0),
+        Target("DANet forward + backward over eager", danet, OURS, "eager", prepare_sci, 1.0, 2.0),
+        Target(
+            f"inference, {MODEL} + CIN over plain",
+            model("inference", 1, False),
+            cin,
+            plain,
+            whole,
+            1.10,
+            1.05,
+            overhead=True,
+        ),
+        Target(
+            f"training step, {MODEL} + CIN over plain",
+            model("training step", 4, True),
+            cin,
+            plain,
+            whole,
+            1.15,
+            1.08,
+            overhead=True,
+        ),
+    ]
+
+
+TARGETS = _targets()
+MEMBERS = [(target, side) for target in TARGETS for side in (target.subject, target.rival)]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A target as it was measured: milliseconds an image, MiB beyond what was held before."""
+
+    name: str
+    rival: str
+    ratio: float
+    must: float
+    aim: float
+    overhead: bool
+    milliseconds: float
+    rival_milliseconds: float
+    peak_mib: float | None
+    rival_peak_mib: float | None
+    rounds: int
+
+    @property
+    def verdict(self) -> str:
+        """How far the row came."""
+        reached = self.ratio.__le__ if self.overhead else self.ratio.__ge__
+        return "aim" if reached(self.aim) else "must" if reached(self.must) else "missed"
+
+    def __str__(self) -> str:
+        peaks = " / ".join(
+            "?" if peak is None else f"{peak:.0f}" for peak in (self.peak_mib, self.rival_peak_mib)
+        )
+        return (
+            f"{self.name:40} {self.milliseconds:8.2f} {self.rival:>8} "
+            f"{self.rival_milliseconds:8.2f} {self.ratio:6.2f} {self.must:5.2f} {self.aim:5.2f} "
+            f"{self.verdict:>6} {peaks:>13}"
+        )
+
+
+HEADING = (
+    f"{'ms an image':40} {'ours':>8} {'rival':>8} {'':8} {'ratio':>6} {'must':>5} {'aim':>5} "
+    f"{'':6} {'peak MiB':>13}"
+)
+
+
+def measured_row(target: Target, comparison: Comparison) -> Row | None:
+    """The row of a target both of whose sides have run; the ratio is the median of the rounds'."""
+    group = comparison.groups.get(f"cpu_targets: {target.group}")
+    if group is None or not {target.subject, target.rival} <= set(group.measured):
+        return None
+    ours, rival = group.measured[target.subject], group.measured[target.rival]
+    pairs = zip(ours.seconds, rival.seconds, strict=True)
+    ratios = [a / b if target.overhead else b / a for a, b in pairs]
+    images = target.case.batch
+
+    def milliseconds(seconds: tuple[float, ...]) -> float:
+        return 1e3 * statistics.median(seconds) / images
+
+    def mib(peak: int | None) -> float | None:
+        return None if peak is None else peak / 2**20
+
+    return Row(
+        target.name,
+        target.rival,
+        statistics.median(ratios),
+        target.must,
+        target.aim,
+        target.overhead,
+        milliseconds(ours.seconds),
+        milliseconds(rival.seconds),
+        mib(ours.peak_bytes),
+        mib(rival.peak_bytes),
+        len(ratios),
+    )
+
+
+def results_path() -> Path:
+    """Where this machine's table belongs."""
+    model = re.sub(r"[^a-z0-9]+", "-", device_name().lower()).strip("-")
+    machine = f"cpu-{os.cpu_count()}core-{model}"
+    return Path(os.environ.get("CIN_FAST_BENCH_RESULTS", RESULTS / machine)) / "cpu_targets.json"
+
+
+def write(rows: list[Row]) -> Path:
+    """Merge rows into this machine's table: a run of some rows leaves the others alone."""
+    path = results_path()
+    old = json.loads(path.read_text())["targets"] if path.exists() else []
+    new = {
+        row.name: {**asdict(row), "verdict": row.verdict, "commit": git_commit()} for row in rows
+    }
+    merged = {row["name"]: row for row in old} | new
+    order = [target.name for target in TARGETS]
+    table = {
+        "machine": device_name(),
+        "processor": platform.machine(),
+        "threads": torch.get_num_threads(),
+        "isa": torch.backends.cpu.get_cpu_capability(),
+        "versions": versions(),
+        "targets": sorted(merged.values(), key=lambda row: order.index(row["name"])),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(table, indent=2) + "\n")
+    return path
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _table(request: pytest.FixtureRequest, comparison: Comparison) -> Iterator[None]:
+    yield
+    rows = [row for target in TARGETS if (row := measured_row(target, comparison))]
+    lines = ["", HEADING, *map(str, rows)]
+    if rows and not QUICK:
+        lines.append(f"written to {write(rows)}")
+    reporter = request.config.pluginmanager.getplugin("terminalreporter")
+    for line in lines:
+        reporter.write_line(line)
+
+
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="the CPU's targets: hide the GPU")
+@pytest.mark.parametrize(("case", "rival"), MEMBERS, ids=str)
+def test_target(case: Target, rival: str, versus) -> None:
+    """Work is stated for the operator alone; whole models have their own benchmark."""
+    shape = case.case
+    flops = bytes_moved = 0.0
+    if isinstance(shape, Case):
+        flops = shape.times(3.5) * sci_flops((shape.batch, shape.channels, shape.positions))
+        bytes_moved = shape.maps(shape.times(2) * 2)
+    versus(rival, partial(case.prepare, shape), Work(flops, bytes_moved))
