@@ -29,6 +29,8 @@ def demo_config(method: str, output: Path, epochs: int, device: str = "auto") ->
         weights="none",
         epochs=epochs,
         lr=0.002,
+        # From scratch, a step of the pair loss can grow without bound; usual norms are about 15.
+        clip_norm=20.0,
         lr_step=max(2 * epochs // 3, 1),
         eval_every=epochs,
         device=device,
