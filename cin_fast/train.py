@@ -383,8 +383,8 @@ class Trainer:
         kept = self.folder.checkpoint
         left = f"{kept} holds the epoch before" if kept.exists() else "there is no checkpoint yet"
         raise TrainingError(
-            f"the loss became {pending[0].item()} in epoch {self.epoch + 1}; a lower --lr is the "
-            f"usual cure; {left}; the batch was:\n  {names}"
+            f"the loss became {pending[0].item()} in epoch {self.epoch + 1}; a lower --lr or a "
+            f"--clip-norm is the usual cure; {left}; the batch was:\n  {names}"
         )
 
     @contextlib.contextmanager
