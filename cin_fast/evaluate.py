@@ -24,16 +24,19 @@ from tqdm import tqdm
 
 from cin_fast.checkpoint import CheckpointError
 from cin_fast.data import DataError, ImageDataset, build_dataset, dataset_names
-from cin_fast.distributed import World, pick_device, sum_over_processes
+from cin_fast.distributed import World, pick_device
 from cin_fast.trained import Trained, load_trained
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Counts over a dataset: rows of the confusion matrix are true classes, columns predicted."""
+    """What a dataset gave: rows of the confusion matrix are true classes, columns predicted.
+
+    ``top5`` is the share of images whose class is among the best five, 0 to 1.
+    """
 
     confusion: Tensor
-    top5_hits: int
+    top5: float
     images: int
     seconds: float
 
@@ -41,11 +44,6 @@ class Scores:
     def top1(self) -> float:
         """Share of images whose best class is right, 0 to 1."""
         return int(self.confusion.diagonal().sum()) / max(self.images, 1)
-
-    @property
-    def top5(self) -> float:
-        """Share of images whose class is among the best five, 0 to 1."""
-        return self.top5_hits / max(self.images, 1)
 
     @property
     def confused(self) -> list[tuple[int, int, int]]:
@@ -70,25 +68,27 @@ def score(
     device: torch.device,
     autocast: AbstractContextManager[object],
 ) -> Scores:
-    """Run ``model`` in evaluation mode over this process's batches; sums are over all processes."""
+    """Run ``model`` in evaluation mode over this process's batches; counts span all processes."""
+    # Here, as its import takes a second that a command with a wrong argument need not wait for.
+    from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
+
     was_training = model.training
     model.eval()
-    confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
-    top5 = torch.zeros((), dtype=torch.int64, device=device)
+    # Their sums are over all processes.
+    confusion = MulticlassConfusionMatrix(num_classes).to(device)
+    top5 = MulticlassAccuracy(num_classes, top_k=min(5, num_classes), average="micro").to(device)
     start = time.perf_counter()
     for images, labels in batches:
         labels = labels.to(device, non_blocking=True)
         with autocast:
-            logits = model(images.to(device, non_blocking=True))
-        best = logits.topk(min(5, num_classes), dim=1).indices
-        top5 += (best == labels[:, None]).sum()
-        cell = labels * num_classes + best[:, 0]
-        confusion += torch.bincount(cell, minlength=num_classes**2).view_as(confusion)
-    counts = sum_over_processes(torch.cat([confusion.flatten(), top5[None]])).cpu()
+            logits = model(images.to(device, non_blocking=True)).float()
+        confusion.update(logits, labels)
+        top5.update(logits, labels)
+    counts = confusion.compute().cpu()
+    share = float(top5.compute())
     seconds = time.perf_counter() - start
     model.train(was_training)
-    confusion = counts[:-1].view(num_classes, num_classes)
-    return Scores(confusion, int(counts[-1]), int(confusion.sum()), seconds)
+    return Scores(counts, share, int(counts.sum()), seconds)
 
 
 def report(scores: Scores, classes: Sequence[str]) -> dict[str, Any]:

@@ -35,7 +35,7 @@ _TAP_SCHEMAS = {
     "tap_means": "(Tensor x) -> Tensor",
     "tap_means_backward": "(Tensor dv, SymInt height, SymInt width) -> Tensor",
 }
-_TAP_BACKENDS = ("reference", "cpu")
+TAP_BACKENDS = ("reference", "cpu")
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -424,7 +424,7 @@ for _backend in dispatch.BACKENDS:
         torch.library.register_autograd(
             f"cin_fast::{_backend}_{_stem}", _gradient(_backend), setup_context=_context
         )
-for _backend in _TAP_BACKENDS:
+for _backend in TAP_BACKENDS:
     _define(_backend, _TAP_SCHEMAS)
     torch.library.register_autograd(
         f"cin_fast::{_backend}_tap_means",

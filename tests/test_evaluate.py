@@ -41,7 +41,7 @@ def test_evaluation_leaves_the_mode_as_it_was():
 
 
 def test_report_is_json():
-    scores = Scores(torch.tensor([[3, 1], [0, 0]]), 4, 4, 2.0)
+    scores = Scores(torch.tensor([[3, 1], [0, 0]]), 1.0, 4, 2.0)
     summary = json.loads(json.dumps(report(scores, ["a", "b"])))
     assert summary["per_class"] == {"a": 0.75, "b": None}
     assert summary["most_confused"] == [{"true": "a", "predicted": "b", "images": 1}]

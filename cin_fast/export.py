@@ -1,0 +1,145 @@
+"""``cin-fast-export``: the inference model as ONNX or torch.export.
+
+The pooled form needs no operator of this project: each is replaced by the matrix products and the
+softmax that define it (cin_fast.reference), so that any runtime can read the file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.export import Dim, ExportedProgram
+
+from cin_fast import reference
+from cin_fast.dispatch import BACKENDS
+from cin_fast.ops import TAP_BACKENDS
+from cin_fast.trained import Trained, load_trained
+
+_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+_SUFFIXES = (".onnx", ".pt2")
+# Two images: an example of one would make the batch a constant.
+_EXAMPLE = 2
+
+
+def export_program(trained: Trained) -> ExportedProgram:
+    """The model from images (B, 3, S, S) to logits (B, classes), any B, as aten operators alone."""
+    size = trained.config.image_size
+    images = torch.zeros(_EXAMPLE, 3, size, size, device=trained.device)
+    program = torch.export.export(
+        trained.model.eval(), (images,), dynamic_shapes=({0: Dim("batch")},)
+    )
+    return program.run_decompositions(_definitions())
+
+
+def export_onnx(trained: Trained, path: Path) -> None:
+    """Write the model as ONNX: input ``images``, output ``logits``, classes in its metadata.
+
+    Raises:
+        ImportError: naming the packages that are missing.
+    """
+    missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ImportError(f"ONNX needs {', '.join(missing)}: pip install {' '.join(missing)}")
+    import onnx
+
+    program = torch.onnx.export(
+        export_program(trained),
+        input_names=["images"],
+        output_names=["logits"],
+        dynamo=True,
+        verbose=False,
+    )
+    assert program is not None
+    model = program.model_proto
+    for key, value in _metadata(trained).items():
+        model.metadata_props.append(onnx.StringStringEntryProto(key=key, value=value))
+    onnx.save(model, path)
+
+
+def check_onnx(trained: Trained, path: Path, images: Tensor) -> float:
+    """The largest difference of onnxruntime's logits for ``images`` to PyTorch's, relative."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    (found,) = session.run(["logits"], {"images": images.cpu().numpy()})
+    with torch.inference_mode():
+        expected = trained.model(images.to(trained.device)).cpu()
+    return float((torch.from_numpy(found) - expected).abs().max() / expected.abs().max())
+
+
+def _metadata(trained: Trained) -> dict[str, str]:
+    config = trained.config
+    return {
+        "classes": json.dumps(trained.classes),
+        "image_size": str(config.image_size),
+        "method": config.method,
+        "backbone": config.backbone,
+    }
+
+
+def _definitions() -> dict[Any, Callable[..., Any]]:
+    ours = torch.ops.cin_fast
+    table = {getattr(ours, f"{name}_sci").default: _sci for name in BACKENDS}
+    return table | {
+        getattr(ours, f"{name}_tap_means").default: reference.tap_means for name in TAP_BACKENDS
+    }
+
+
+def _sci(x: Tensor, v: Tensor | None, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    # What its backward pass would need is not there in inference.
+    rows = x.new_zeros(x.shape[:2])
+    return reference.sci(x, x if v is None else v, scale), rows, rows
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; prints errors as one line and returns 2 for them."""
+    options = _parser().parse_args(argv)
+    try:
+        if options.output.suffix not in _SUFFIXES:
+            raise ValueError(
+                f"--output: expected {' or '.join(_SUFFIXES)}, found {options.output.name!r}"
+            )
+        trained = load_trained(options.checkpoint)
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        print(_write(trained, options.output))
+    except (ValueError, ImportError, OSError) as error:
+        print(f"cin-fast-export: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _write(trained: Trained, path: Path) -> str:
+    if path.suffix == ".pt2":
+        extra = {"metadata.json": json.dumps(_metadata(trained))}
+        torch.export.save(export_program(trained), path, extra_files=extra)
+        return f"{path}: torch.export, images (B, 3, S, S) to logits"
+    export_onnx(trained, path)
+    size = trained.config.image_size
+    images = torch.randn(3, 3, size, size, generator=torch.Generator().manual_seed(0))
+    error = check_onnx(trained, path, images)
+    return f"{path}: ONNX; onnxruntime differs from PyTorch by {error:.1e} of the largest logit"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="cin-fast-export",
+        description="Write a trained model for inference elsewhere: plain matrix products and a "
+        "softmax, any number of images at once, class names inside.",
+        epilog="example: cin-fast-export runs/my_run --output birds.onnx",
+    )
+    parser.add_argument("checkpoint", type=Path, help="last.pt, or a run's folder")
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE",
+                        help="FILE.onnx, or FILE.pt2 for torch.export")  # fmt: skip
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

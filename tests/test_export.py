@@ -1,0 +1,95 @@
+"""The exported model: plain operators alone, any batch, and PyTorch's logits on real pictures."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+from small_run import arguments
+
+from cin_fast.data.synthetic import SyntheticBirds
+from cin_fast.export import check_onnx, export_onnx, export_program, main
+from cin_fast.train import main as train
+from cin_fast.trained import load_trained
+
+
+@pytest.fixture(scope="module")
+def run(images, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("export") / "run"
+    # 64 pixels: a map of 2 x 2, so that taps differ.
+    assert train(arguments(images, folder, epochs=1, method="cin", image_size=64)) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pictures(run):
+    trained = load_trained(run)
+    birds = SyntheticBirds(trained.transform, train=False, size=96)
+    return torch.stack([birds[index][0] for index in range(0, 250, 50)])
+
+
+def test_only_plain_operators_are_left(run):
+    program = export_program(load_trained(run))
+    called = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+    assert not [name for name in called if "cin_fast" in name]
+    assert any("softmax" in name or "exp" in name for name in called)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 5])
+def test_torch_export_gives_the_same_logits(run, pictures, batch):
+    trained = load_trained(run)
+    module = export_program(trained).module()
+    with torch.inference_mode():
+        expected = trained.model(pictures[:batch])
+    torch.testing.assert_close(module(pictures[:batch]), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_onnxruntime_gives_the_same_logits(run, pictures, tmp_path, request):
+    pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    onnx = pytest.importorskip("onnx", reason="onnx is not installed")
+    trained, path = load_trained(run), tmp_path / "model.onnx"
+    export_onnx(trained, path)
+    for batch in (1, 5):
+        assert check_onnx(trained, path, pictures[:batch]) < 1e-4
+    model = onnx.load(path)
+    onnx.checker.check_model(model)
+    assert {node.domain for node in model.graph.node} <= {"", "ai.onnx"}
+    held = {entry.key: entry.value for entry in model.metadata_props}
+    assert json.loads(held["classes"]) == list(trained.classes)
+    assert held["image_size"] == "64"
+
+
+@pytest.mark.slow
+def test_onnxruntime_on_real_photographs(run, tmp_path, grocery_root):
+    pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    trained, path = load_trained(run), tmp_path / "model.onnx"
+    export_onnx(trained, path)
+    files = sorted((grocery_root / "images").glob("00*/*.jpg"))[::60][:6]
+    photographs = torch.stack([trained.transform(Image.open(f).convert("RGB")) for f in files])
+    assert check_onnx(trained, path, photographs) < 1e-4
+
+
+@pytest.mark.slow
+def test_the_command(run, tmp_path, capsys):
+    assert main([str(run), "--output", str(tmp_path / "new" / "model.pt2")]) == 0
+    extra = {"metadata.json": ""}
+    program = torch.export.load(tmp_path / "new" / "model.pt2", extra_files=extra)
+    assert json.loads(extra["metadata.json"])["method"] == "cin"
+    assert program.module()(torch.zeros(3, 3, 64, 64)).shape == (3, 3)
+    capsys.readouterr()
+    assert main([str(run), "--output", "model.bin"]) == 2
+    assert "--output: expected .onnx or .pt2, found 'model.bin'" in capsys.readouterr().err
+    assert main([str(tmp_path / "nowhere"), "--output", "model.onnx"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_missing_packages_are_named(run, tmp_path, monkeypatch):
+    import importlib.util
+
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *a: None if name == "onnx" else find(name, *a)
+    )
+    with pytest.raises(ImportError, match="ONNX needs onnx: pip install onnx"):
+        export_onnx(load_trained(run), tmp_path / "model.onnx")
