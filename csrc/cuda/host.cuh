@@ -1,0 +1,101 @@
+// Host code that both operators share: launches, repacked operands, the row terms.
+#pragma once
+
+#include "operators.h"
+#include "softmax.cuh"
+
+#define CIN_FAST_RETURN_IF_ERROR(expression)  \
+  do {                                        \
+    const cudaError_t error_ = (expression);  \
+    if (error_ != cudaSuccess) return error_; \
+  } while (false)
+
+namespace cin_fast {
+
+// Launches, after asking for shared memory beyond what every kernel may have, and checks.
+template <class... Parameters, class... Arguments>
+cudaError_t launch(const Context& context, const char* name, void (*kernel)(Parameters...),
+                   dim3 grid, int threads, size_t shared_bytes, const Arguments&... arguments) {
+  if (shared_bytes > 48 * 1024)
+    CIN_FAST_RETURN_IF_ERROR(cudaFuncSetAttribute(
+        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)));
+  launch_kernel(kernel, name, grid, threads, shared_bytes, context.stream, arguments...);
+  return cudaGetLastError();
+}
+
+// The bytes that SharedMemory hands out for the given pieces.
+constexpr size_t shared_bytes(std::initializer_list<size_t> pieces) {
+  size_t total = 0;
+  for (const size_t bytes : pieces) total += (bytes + 127) / 128 * 128;
+  return total;
+}
+
+// Images one after another, each a Matrix.
+template <class T>
+struct Batch {
+  const T* data;
+  int rows, columns;
+  int64_t pitch;
+
+  __host__ __device__ Matrix<T> image(int64_t i) const {
+    return {data + i * rows * pitch, rows, columns, pitch};
+  }
+};
+
+template <class T>
+__global__ void __launch_bounds__(256)
+    repack_kernel(const T* from, int64_t image_stride, int64_t row_stride, int64_t column_stride,
+                  int rows, int columns, int pitch, T* to, int64_t count) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (i >= count) return;
+  const int64_t row = i / pitch;
+  const int column = static_cast<int>(i % pitch);
+  const T* source = from + row / rows * image_stride + row % rows * row_stride;
+  to[i] = column < columns ? source[column * column_stride] : narrow<T>(0.f);
+}
+
+// The tensor as tiles can be copied from it: as it stands if its rows start on 16 bytes, or else a
+// copy whose rows do.
+template <class T>
+cudaError_t aligned_batch(const Context& context, const View& view, const Shape& shape, int columns,
+                          Batch<T>* result) {
+  constexpr int kElements = 16 / sizeof(T);
+  const T* data = static_cast<const T*>(view.data);
+  const bool aligned = reinterpret_cast<uintptr_t>(data) % 16 == 0 && columns % kElements == 0;
+  if (aligned && view.strides[2] == 1 && view.strides[1] % kElements == 0 &&
+      view.strides[1] >= columns && view.strides[0] == shape.channels * view.strides[1]) {
+    *result = {data, shape.channels, columns, view.strides[1]};
+    return cudaSuccess;
+  }
+  const int pitch = round_up(columns, kElements);
+  const int64_t count = static_cast<int64_t>(shape.batch) * shape.channels * pitch;
+  T* copy = static_cast<T*>(context.allocate(context.owner, count * sizeof(T)));
+  *result = {copy, shape.channels, pitch, pitch};
+  return launch(context, "repack", repack_kernel<T>,
+                dim3(static_cast<unsigned>((count + 255) / 256)), 256, 0, data, view.strides[0],
+                view.strides[1], view.strides[2], shape.channels, columns, pitch, copy, count);
+}
+
+// scale log_base(e), but not 0: of a sharply negative number times 0 no weight could be made.
+template <class Products>
+float softmax_factor(float scale) {
+  const float factor = scale * Products::kUnit;
+  return fabsf(factor) < 1e-30f ? 1e-30f : factor;
+}
+
+// Calls body<Products>() with the products that the dtype and the context ask for.
+template <class Body>
+cudaError_t with_products(const Context& context, Dtype dtype, const Body& body) {
+  switch (dtype) {
+    case Dtype::kBfloat16:
+      return body(HalfProducts<__nv_bfloat16>{});
+    case Dtype::kFloat16:
+      return body(HalfProducts<__half>{});
+    case Dtype::kFloat32:
+      break;
+  }
+  return context.float32_products == Float32Products::kTf32 ? body(Tf32Products{})
+                                                            : body(IeeeProducts{});
+}
+
+}  // namespace cin_fast

@@ -1,0 +1,61 @@
+// The operators as host functions over raw device memory. binding.cpp gives them to torch, the
+// emulation's harness to the tests.
+//
+// Shapes: B images, C channels, L positions, K columns of v; v.data == nullptr stands for v = x.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#ifdef CIN_FAST_EMULATION
+#include "../emulation/cuda.h"
+#else
+#include <cuda_runtime.h>
+#endif
+
+namespace cin_fast {
+
+enum class Dtype { kFloat32, kBfloat16, kFloat16 };
+
+// How float32 products are computed: as IEEE 754 has them, or from operands rounded to TF32.
+enum class Float32Products { kIeee, kTf32 };
+
+// A (B, C, columns) tensor, strides counted in elements.
+struct View {
+  const void* data;
+  int64_t strides[3];
+};
+
+struct Shape {
+  int batch, channels, positions, columns;
+};
+
+// Where and how to run; allocate() returns device memory that outlives the launches.
+struct Context {
+  cudaStream_t stream;
+  // The most dynamic shared memory that a block may have, and the compute capability times ten.
+  int shared_limit, capability;
+  Float32Products float32_products;
+  void* (*allocate)(void* owner, size_t bytes);
+  void* owner;
+};
+
+struct SciForward {
+  View x, v;
+  void* y;
+  float *row_max, *row_sum;
+};
+
+struct SciBackward {
+  View dy, x, v, y;
+  const float *row_max, *row_sum;
+  // dv is nullptr where v = x: its share is then in dx.
+  void *dx, *dv;
+};
+
+cudaError_t sci_forward(const Context& context, Dtype dtype, const Shape& shape, float scale,
+                        const SciForward& arguments);
+cudaError_t sci_backward(const Context& context, Dtype dtype, const Shape& shape, float scale,
+                         const SciBackward& arguments);
+
+}  // namespace cin_fast

@@ -1,0 +1,99 @@
+// Rows of softmax(scale x x^T): a weight is base^(factor (s - peak)) / sum, where the base is that
+// of the products' exponential(), factor = scale log_base(e), s is an element of x x^T, and peak is
+// the s of its row's largest weight. Subtracting first makes the peak's own weight exactly 1.
+#pragma once
+
+#include "tiles.cuh"
+
+namespace cin_fast {
+
+__device__ __forceinline__ float quad_max(float value) {
+  value = fmaxf(value, __shfl_xor_sync(~0u, value, 1));
+  return fmaxf(value, __shfl_xor_sync(~0u, value, 2));
+}
+
+__device__ __forceinline__ float quad_sum(float value) {
+  value += __shfl_xor_sync(~0u, value, 1);
+  return value + __shfl_xor_sync(~0u, value, 2);
+}
+
+// Peak and sum of a lane's two rows, over the columns seen so far. The sum is the lane's own share
+// until finish() adds up the four lanes of a row.
+template <class Products>
+struct RunningSoftmax {
+  // Elements count with this sign, so that the largest weight is at the largest of them.
+  float sign, steepness;
+  float peak[2] = {-INFINITY, -INFINITY};
+  float sum[2] = {0.f, 0.f};
+
+  __device__ explicit RunningSoftmax(float factor)
+      : sign(factor < 0.f ? -1.f : 1.f), steepness(fabsf(factor)) {}
+
+  // Turns elements of x x^T into weights, not yet divided by their sum, and brings what was
+  // accumulated before to the new peak. `columns` counts the tile's columns that exist.
+  template <int N, int M>
+  __device__ void update(float (&s)[N][4], float (&acc)[M][4], int columns) {
+    float higher[2] = {peak[0], peak[1]};
+#pragma unroll
+    for (int n = 0; n < N; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const bool exists = n * 8 + lane_column() + e % 2 < columns;
+        s[n][e] = exists ? sign * s[n][e] : -INFINITY;
+        higher[e / 2] = fmaxf(higher[e / 2], s[n][e]);
+      }
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      higher[half] = quad_max(higher[half]);
+      const float shrink = Products::exponential((peak[half] - higher[half]) * steepness);
+      peak[half] = higher[half];
+      sum[half] *= shrink;
+#pragma unroll
+      for (int m = 0; m < M; ++m) {
+        acc[m][2 * half] *= shrink;
+        acc[m][2 * half + 1] *= shrink;
+      }
+    }
+#pragma unroll
+    for (int n = 0; n < N; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        s[n][e] = Products::exponential((s[n][e] - peak[e / 2]) * steepness);
+        sum[e / 2] += s[n][e];
+      }
+    }
+  }
+
+  __device__ void finish() {
+    sum[0] = quad_sum(sum[0]);
+    sum[1] = quad_sum(sum[1]);
+  }
+
+  __device__ void store(float* row_max, float* row_sum, int row, int rows) const {
+    if (lane_id() % 4) return;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int r = row + lane_row() + half * 8;
+      if (r >= rows) continue;
+      row_max[r] = sign * peak[half];
+      row_sum[r] = sum[half];
+    }
+  }
+};
+
+// What the backward pass needs of a row: x is its peak, y one over its sum, z the row sum of P dP,
+// w its share in the gradient of eta.
+using RowTerms = float4;
+
+// A row that does not exist has y = 0.
+__device__ __forceinline__ RowTerms load_terms(const RowTerms* terms, int row, int rows) {
+  return row < rows ? terms[row] : make_float4(0.f, 0.f, 0.f, 0.f);
+}
+
+template <class Products>
+__device__ __forceinline__ float weight(float s, float factor, const RowTerms& terms) {
+  return Products::over(Products::exponential((s - terms.x) * factor), terms.y);
+}
+
+}  // namespace cin_fast

@@ -1,0 +1,67 @@
+// The operators as C functions, for ctypes. Workspaces come from malloc and are poisoned, so that
+// reading what nothing wrote yields NaN.
+#include "harness.h"
+
+#include <cstdlib>
+#include <memory>
+#include <vector>
+
+#include "../cuda/operators.h"
+
+namespace {
+
+constexpr size_t kGuard = 1 << 16;
+
+struct Workspace {
+  std::vector<std::unique_ptr<char[]>> blocks;
+
+  static void* allocate(void* owner, size_t bytes) {
+    auto& blocks = static_cast<Workspace*>(owner)->blocks;
+    blocks.emplace_back(new char[bytes + 2 * kGuard]);
+    auto address = reinterpret_cast<uintptr_t>(blocks.back().get()) + kGuard;
+    char* begin = reinterpret_cast<char*>(address / 16 * 16);
+    memset(begin, 0xff, bytes);
+    emulation_buffer(begin, long(bytes), kGuard / 2);
+    return begin;
+  }
+};
+
+cin_fast::Context context_of(Workspace& workspace, const EmulationCall& call) {
+  return {nullptr,
+          call.shared_limit,
+          call.capability,
+          cin_fast::Float32Products(call.float32_products),
+          Workspace::allocate,
+          &workspace};
+}
+
+cin_fast::View view(const void* data, const long* strides) {
+  return {data, {strides[0], strides[1], strides[2]}};
+}
+
+cin_fast::Shape shape_of(const EmulationCall& call) {
+  return {call.batch, call.channels, call.positions, call.columns};
+}
+
+}  // namespace
+
+extern "C" int emulated_sci_forward(const EmulationCall* call, const void* x, const long* x_strides,
+                                    const void* v, const long* v_strides, void* y, float* row_max,
+                                    float* row_sum) {
+  Workspace workspace;
+  return cin_fast::sci_forward(context_of(workspace, *call), cin_fast::Dtype(call->dtype),
+                               shape_of(*call), call->scale,
+                               {view(x, x_strides), view(v, v_strides), y, row_max, row_sum});
+}
+
+extern "C" int emulated_sci_backward(const EmulationCall* call, const void* dy,
+                                     const long* dy_strides, const void* x, const long* x_strides,
+                                     const void* v, const long* v_strides, const void* y,
+                                     const long* y_strides, const float* row_max, const long*,
+                                     const float* row_sum, const long*, void* dx, void* dv) {
+  Workspace workspace;
+  return cin_fast::sci_backward(context_of(workspace, *call), cin_fast::Dtype(call->dtype),
+                                shape_of(*call), call->scale,
+                                {view(dy, dy_strides), view(x, x_strides), view(v, v_strides),
+                                 view(y, y_strides), row_max, row_sum, dx, dv});
+}

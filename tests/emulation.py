@@ -1,0 +1,176 @@
+"""The CUDA kernels of csrc/cuda, compiled with g++ and executed on the CPU.
+
+Registers them as ``cin_fast::cuda_*`` for CPU tensors, so that the checks of cin_fast.testing run
+unchanged. A race, a missing wait or an access out of bounds raises with the kernel's file and line.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import subprocess
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_GUARD = 4096
+AMPERE, HOPPER = 80, 90
+_SHARED_LIMIT = {AMPERE: 166912, HOPPER: 232448}
+_FLAGS = (
+    *("-std=c++20", "-DCIN_FAST_EMULATION", "-g1", "-fPIC", "-march=native", "-Wall", "-Werror"),
+    *("-Wno-unknown-pragmas", "-Wno-subobject-linkage", "-Wno-maybe-uninitialized"),
+)
+
+
+class EmulationError(RuntimeError):
+    """What the emulation found wrong, with the file and line of the kernel's code."""
+
+
+class _Call(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_int) for name in ("dtype", "batch", "channels", "positions", "columns")),
+        ("scale", ctypes.c_float),
+        *((name, ctypes.c_int) for name in ("float32_products", "shared_limit", "capability")),
+    )
+
+
+def build(csrc: Path, folder: Path) -> Path:
+    """Compile the kernels and the emulation; returns the shared library."""
+    # Kernels alone are instrumented: each plain load and store then calls the emulation.
+    sources = {
+        **{path: ["-x", "c++", "-O1", "-fsanitize=thread"] for path in csrc.glob("cuda/*.cu")},
+        csrc / "emulation/runtime.cpp": ["-O2"],
+        csrc / "emulation/harness.cpp": ["-O1"],
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    objects = {source: folder / f"{source.name}.o" for source in sources}
+
+    def compile_one(source: Path) -> None:
+        _run(["g++", *_FLAGS, *sources[source], "-c", str(source), "-o", str(objects[source])])
+
+    with ThreadPoolExecutor(max_workers=int(os.environ.get("MAX_JOBS", "2"))) as pool:
+        list(pool.map(compile_one, sources))
+    library = folder / "libemulation.so"
+    _run(["g++", "-shared", *map(str, objects.values()), "-o", str(library), "-ldl"])
+    return library
+
+
+def _run(command: Sequence[str]) -> None:
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+        raise RuntimeError(f"{' '.join(command)}\n{result.stderr[-4000:]}")
+
+
+class Emulator:
+    """One built library; ``register`` makes it the ``cuda`` backend of CPU tensors."""
+
+    def __init__(self, library: Path) -> None:
+        self._library = ctypes.CDLL(str(library))
+        self._library.emulation_error.restype = ctypes.c_char_p
+        self._library.emulation_conflicts.restype = ctypes.c_long
+        # How warps and blocks take turns: 0 forward, 1 backward, from 2 on a seed.
+        self.order = 0
+        self.capability = AMPERE
+        self.float32_products = "highest"
+        self.conflicts = 0
+
+    def register(self) -> torch.library.Library:
+        """The operators stay registered for as long as the result lives."""
+        library = torch.library.Library("cin_fast", "IMPL")
+        for name in ("sci", "sci_backward"):
+            library.impl(f"cuda_{name}", getattr(self, name), "CPU")
+        return library
+
+    def sci(self, x: Tensor, v: Tensor | None, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+        arguments = _Arguments(self, x, v, scale)
+        y = arguments.output((x if v is None else v).shape, x.dtype)
+        row_max = arguments.output(x.shape[:2], torch.float32)
+        row_sum = arguments.output(x.shape[:2], torch.float32)
+        arguments.call("emulated_sci_forward", [x, v], [y, row_max, row_sum])
+        return y, row_max, row_sum
+
+    def sci_backward(
+        self,
+        dy: Tensor,
+        x: Tensor,
+        v: Tensor | None,
+        y: Tensor,
+        row_max: Tensor,
+        row_sum: Tensor,
+        scale: float,
+    ) -> tuple[Tensor, Tensor]:
+        arguments = _Arguments(self, x, v, scale)
+        dx = arguments.output(x.shape, x.dtype)
+        dv = None if v is None else arguments.output(v.shape, v.dtype)
+        arguments.call("emulated_sci_backward", [dy, x, v, y, row_max, row_sum], [dx, dv])
+        return dx, x.new_empty(0) if dv is None else dv
+
+
+class _Arguments:
+    """One call: inputs and outputs lie between guards, outputs are poisoned with NaN."""
+
+    def __init__(self, emulator: Emulator, x: Tensor, v: Tensor | None, scale: float) -> None:
+        self._emulator = emulator
+        self._library = emulator._library
+        batch, channels, positions = x.shape
+        self._call = _Call(
+            _DTYPES[x.dtype],
+            batch,
+            channels,
+            positions,
+            positions if v is None else v.shape[2],
+            scale,
+            int(emulator.float32_products != "highest"),
+            _SHARED_LIMIT[emulator.capability],
+            emulator.capability,
+        )
+        self._library.emulation_reset(emulator.order)
+        self._storage: list[Tensor] = []
+
+    def output(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        count = torch.Size(shape).numel()
+        result = self._guarded(count, dtype)
+        result.fill_(float("nan"))
+        return result.view(shape)
+
+    def call(
+        self, name: str, inputs: Sequence[Tensor | None], outputs: Sequence[Tensor | None]
+    ) -> None:
+        pointers: list[object] = []
+        for tensor in inputs:
+            pointers += self._input(tensor)
+        pointers += [None if t is None else ctypes.c_void_p(t.data_ptr()) for t in outputs]
+        code = getattr(self._library, name)(ctypes.byref(self._call), *pointers)
+        error = self._library.emulation_error().decode()
+        self._emulator.conflicts = self._library.emulation_conflicts()
+        if code or error:
+            raise EmulationError(error or f"{name} returned {code}")
+
+    def _input(self, tensor: Tensor | None) -> list[object]:
+        if tensor is None:
+            return [None, (ctypes.c_long * 3)()]
+        reach = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+        flat = self._guarded(max(reach, 0) if tensor.numel() else 0, tensor.dtype)
+        copy = flat.as_strided(tensor.shape, tensor.stride())
+        # The same memory as the tensor's, repeated elements and gaps included.
+        flat.copy_(tensor.detach().as_strided((flat.numel(),), (1,)))
+        strides = [*tensor.stride(), 0, 0][:3]
+        return [ctypes.c_void_p(copy.data_ptr()), (ctypes.c_long * 3)(*strides)]
+
+    def _guarded(self, count: int, dtype: torch.dtype) -> Tensor:
+        guard, alignment = _GUARD // dtype.itemsize, 256 // dtype.itemsize
+        storage = torch.empty(count + 2 * guard + alignment, dtype=dtype)
+        # Aligned as torch aligns device memory.
+        first = guard + -(storage.data_ptr() // dtype.itemsize + guard) % alignment
+        result = storage[first : first + count]
+        self._storage.append(storage)
+        self._library.emulation_buffer(
+            ctypes.c_void_p(result.data_ptr()),
+            ctypes.c_long(count * dtype.itemsize),
+            ctypes.c_long(_GUARD // 2),
+        )
+        return result

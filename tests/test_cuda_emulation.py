@@ -1,0 +1,109 @@
+"""The CUDA kernels, executed on the CPU under the emulation, against float64 by the rule.
+
+What this cannot show: an error inside a PTX wrapper (test_cuda_ptx.py, on a GPU, does), the
+hardware's own order of summation, and anything about speed.
+"""
+
+from __future__ import annotations
+
+import platform
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from emulation import Emulator, build
+from torch import Tensor
+
+from cin_fast import dispatch, ops
+from cin_fast.testing import INPUT_KINDS, KERNEL_DTYPES, check_sci, make_input
+
+# Unit sizes, tails on both sides of a block, two panels, ResNet's 14 x 14, an empty batch.
+SHAPES = ((1, 1, 1), (3, 30, 1), (1, 1, 7), (2, 17, 5), (2, 65, 33), (1, 100, 196), (0, 8, 9))
+
+
+@pytest.fixture(scope="session")
+def library(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if platform.machine() != "x86_64" or not shutil.which("g++"):
+        pytest.skip("the emulation needs g++ and an x86-64 processor")
+    return build(repository / "csrc", tmp_path_factory.mktemp("emulation"))
+
+
+@pytest.fixture
+def emulator(library: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Emulator]:
+    """The emulated kernels as the ``cuda`` backend of CPU tensors."""
+    monkeypatch.setitem(dispatch._DEVICE_OF, "cuda", "cpu")
+    monkeypatch.setattr(dispatch, "unavailable", lambda backend: "")
+    emulator = Emulator(library)
+    registration = emulator.register()
+    yield emulator
+    registration._destroy()
+
+
+def inputs(
+    kind: str, shape: tuple[int, int, int], columns: int | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    x = make_input(kind, shape, dtype)
+    v = make_input("randn", (*shape[:2], columns), dtype, seed=1) if columns else None
+    return x, v, make_input("randn", (*shape[:2], columns or shape[2]), dtype, seed=2)
+
+
+@pytest.mark.parametrize("columns", [None, 9, 20])
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
+@pytest.mark.parametrize("kind", INPUT_KINDS)
+def test_sci(emulator: Emulator, kind: str, dtype: torch.dtype, columns: int | None) -> None:
+    for shape in SHAPES:
+        x, v, dy = inputs(kind, shape, columns, dtype)
+        check_sci("cuda", x, v, dy)
+
+
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
+def test_sci_in_chunks(emulator: Emulator, dtype: torch.dtype) -> None:
+    """More positions than a panel, more columns than a block accumulates."""
+    x, v, dy = inputs("diffuse", (1, 40, 230), 215, dtype)
+    check_sci("cuda", x, v, dy)
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.3, 0.0])
+def test_scale(emulator: Emulator, scale: float) -> None:
+    x, v, dy = inputs("diffuse", (1, 33, 20), 5, torch.float32)
+    check_sci("cuda", x, v, dy, scale)
+
+
+def test_large_activations(emulator: Emulator) -> None:
+    """Logits in the thousands, and a first tile whose weights all vanish beside the second's."""
+    x = make_input("randn", (1, 140, 64), torch.bfloat16) * 8
+    dy = make_input("randn", (1, 140, 64), torch.bfloat16, seed=1)
+    check_sci("cuda", x, None, dy)
+
+
+def test_identical_rows(emulator: Emulator) -> None:
+    x = make_input("randn", (1, 1, 24), torch.float16).expand(1, 70, 24)
+    y = ops.sci(x, backend="cuda")
+    torch.testing.assert_close(y, x, rtol=2e-3, atol=2e-3)
+
+
+def test_any_strides(emulator: Emulator) -> None:
+    """Transposed, sliced and, where rows start on 16 bytes, used as they stand."""
+    x = make_input("randn", (2, 40, 24), torch.bfloat16)
+    expected = ops.sci(x, backend="cuda")
+    transposed = x.mT.contiguous().mT
+    sliced = torch.cat([x, x], dim=2)[..., :24]
+    for same in (transposed, sliced):
+        assert not same.is_contiguous()
+        assert torch.equal(ops.sci(same, backend="cuda"), expected)
+
+
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_any_order_of_warps_gives_the_same_bits(emulator: Emulator, order: int) -> None:
+    x, v, dy = inputs("randn", (1, 70, 72), None, torch.bfloat16)
+    first = check_sci("cuda", x, v, dy).results
+    emulator.order = order
+    second = check_sci("cuda", x, v, dy).results
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_no_bank_conflicts(emulator: Emulator) -> None:
+    ops.sci(make_input("randn", (1, 64, 208), torch.bfloat16), backend="cuda")
+    assert emulator.conflicts == 0
