@@ -57,6 +57,18 @@ class Scratch {
   float* next_;
 };
 
+// Whole vectors, at no pitch that would put many rows into the same few places of the cache.
+inline int64_t padded_width(int64_t vector, int64_t n) {
+  const int64_t width = (n + vector - 1) / vector * vector;
+  return width % 256 == 0 ? width + vector : width;
+}
+
+// Asks for memory that is read soon.
+inline void prefetch(const float* from, int64_t floats) {
+  if (floats > 65536) return;
+  for (int64_t n = 0; n < floats; n += 16) __builtin_prefetch(from + n, 0, 2);
+}
+
 // 1 / sum as a number and the rest that its rounding left.
 inline void reciprocals(const float* sum, int64_t n, float* share, float* rest) {
   for (int64_t i = 0; i < n; i++) {

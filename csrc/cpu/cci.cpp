@@ -15,12 +15,13 @@
 
 #include "blocks.h"
 #include "kernels.h"
+#include "tensors.h"
 
 namespace cin_fast {
 namespace {
 
 // Two images' tiles fill the cache sooner than one's.
-constexpr int64_t kLargestPairBlock = 64;
+constexpr int64_t kLargestPairBlock = 128;
 
 struct Pair {
   int64_t a, b;
@@ -71,8 +72,8 @@ class Pairs {
   Pairs(const Shape& shape, float scale, std::vector<Pair> pairs, const float* eta)
       : isa_(kernels()),
         shape_(shape),
-        depth_width_((shape.depth + isa_.width - 1) / isa_.width * isa_.width),
-        width_((shape.cols + isa_.width - 1) / isa_.width * isa_.width),
+        depth_width_(padded_width(isa_.width, shape.depth)),
+        width_(padded_width(isa_.width, shape.cols)),
         scale_(scale),
         eta_(eta),
         pairs_(std::move(pairs)),
@@ -393,6 +394,9 @@ class PairsBackward : Pairs {
                   packed.delta + row, i == j ? nullptr : packed.delta + col,
                   packed.deta + row};
     if (n < job.images) {
+      for (const int64_t first : {row, col})
+        for (const float* wanted : {packed.x_rows, packed.acc})
+          prefetch(wanted + first * depth_width_, rows * depth_width_);
       gram(packed, i, j, side.s);
       isa_.gram(packed.dy_columns + row * k, packed.v_columns + col * k, rows, cols, k, side.e, ld);
       isa_.gram(packed.v_columns + row * k, packed.dy_columns + col * k, rows, cols, k, side.f, ld);
@@ -449,13 +453,13 @@ class PairsBackward : Pairs {
   const Data data_;
 };
 
-at::Tensor wide(const at::Tensor& t) { return t.to(at::kFloat).contiguous(); }
-
-void check(const at::Tensor& x, const at::Tensor& partner, const at::Tensor& eta) {
-  TORCH_CHECK(
-      x.dim() == 3 && partner.sizes() == x.sizes().slice(0, 1) && eta.sizes() == partner.sizes(),
-      "cpu_cci: expected x (B, C, L), partner (B,), eta (B,), found ", x.sizes(), ", ",
-      partner.sizes(), ", ", eta.sizes());
+void check(const char* name, const at::Tensor& x, const at::Tensor& partner, const at::Tensor& eta,
+           const std::optional<at::Tensor>& v) {
+  check_features(name, x, v);
+  TORCH_CHECK(partner.scalar_type() == at::kLong, name, ": partner: expected int64, found ",
+              partner.scalar_type());
+  check_shape(name, "partner", partner, x.sizes().slice(0, 1));
+  check_shape(name, "eta", eta, partner.sizes());
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> cci(const at::Tensor& x,
@@ -463,7 +467,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> cci(const at::Tensor&
                                                                const at::Tensor& eta,
                                                                const std::optional<at::Tensor>& v,
                                                                double scale) {
-  check(x, partner, eta);
+  check("cpu_cci", x, partner, eta, v);
   const at::Tensor wide_x = wide(x), wide_v = v ? wide(*v) : wide_x, wide_eta = wide(eta);
   at::Tensor y = at::empty_like(wide_v), b = at::empty_like(wide_v);
   at::Tensor row_argmax = at::empty({x.size(0), x.size(1)}, wide_x.options());
@@ -484,7 +488,13 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> cci_backward(
     const at::Tensor& dy, const at::Tensor& x, const at::Tensor& partner, const at::Tensor& eta,
     const std::optional<at::Tensor>& v, const at::Tensor& y, const at::Tensor& b,
     const at::Tensor& row_argmax, const at::Tensor& row_sum, double scale) {
-  check(x, partner, eta);
+  check("cpu_cci_backward", x, partner, eta, v);
+  const at::IntArrayRef rows = x.sizes().slice(0, 2);
+  check_shape("cpu_cci_backward", "dy", dy, v ? v->sizes() : x.sizes());
+  check_shape("cpu_cci_backward", "y", y, dy.sizes());
+  check_shape("cpu_cci_backward", "b", b, dy.sizes());
+  check_shape("cpu_cci_backward", "row_max", row_argmax, rows);
+  check_shape("cpu_cci_backward", "row_sum", row_sum, rows);
   const at::Tensor wide_x = wide(x), wide_dy = wide(dy), wide_eta = wide(eta);
   const at::Tensor wide_v = v ? wide(*v) : wide_x, wide_y = wide(y), wide_b = wide(b);
   at::Tensor dx = at::empty_like(wide_x);

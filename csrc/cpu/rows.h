@@ -123,7 +123,17 @@ inline Vec ordered_dot(const float* left, int64_t pitch, int64_t depth, Columns 
   for (int64_t first = 0; first < depth; first += step) {
     const int64_t end = first + step < depth ? first + step : depth;
     Vec sum = splat(0);
-    for (int64_t k = first; k < end; k++) sum = fma(load(left + k * pitch), columns(k), sum);
+    [[maybe_unused]] Vec chains = splat(0);
+    for (int64_t k = first; k < end; k++) {
+      if constexpr (kChain < kAll) {
+        if (k > first && (k - first) % kChain == 0) {
+          chains = chains + sum;
+          sum = splat(0);
+        }
+      }
+      sum = fma(load(left + k * pitch), columns(k), sum);
+    }
+    if constexpr (kChain < kAll) sum = chains + sum;
     total = first == 0 ? sum : total + sum;
   }
   return total;

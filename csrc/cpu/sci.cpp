@@ -15,13 +15,10 @@
 
 #include "blocks.h"
 #include "kernels.h"
+#include "tensors.h"
 
 namespace cin_fast {
 namespace {
-
-int64_t padded_width(const Kernels& isa, int64_t n) {
-  return (n + isa.width - 1) / isa.width * isa.width;
-}
 
 // One image of the forward pass: packed operands, and sums in the making. All are arrays of row
 // blocks.
@@ -42,7 +39,7 @@ class Forward {
         images_(x.size(0)),
         depth_(x.size(2)),
         cols_(v.size(2)),
-        width_(padded_width(isa_, cols_)),
+        width_(padded_width(isa_.width, cols_)),
         scale_(scale),
         blocks_(make_blocks(images_, x.size(1))),
         x_(x.const_data_ptr<float>()),
@@ -96,6 +93,10 @@ class Forward {
     const int64_t ld = blocks_.size, row = blocks_.first(i), col = blocks_.first(j);
     const int64_t rows = blocks_.rows(i), cols = blocks_.rows(j);
     const bool mirrored = i != j;
+    // What the products with v need comes while those of x are made.
+    for (const float* wanted : {image.v_rows + row * width_, image.acc + row * width_,
+                                image.v_rows + col * width_, image.acc + col * width_})
+      prefetch(wanted, rows * width_);
     isa_.gram(image.x_columns + row * depth_, image.x_columns + col * depth_, rows, cols, depth_,
               tile.s, ld);
     isa_.scale_and_max(tile.s, rows, cols, ld, scale_, tile.row_max, tile.col_max);
@@ -162,8 +163,8 @@ class Backward {
   Backward(const Shape& shape, float scale, const Inputs& in, float* dx, float* dv)
       : isa_(kernels()),
         shape_(shape),
-        depth_width_(padded_width(isa_, shape.depth)),
-        width_(padded_width(isa_, shape.cols)),
+        depth_width_(padded_width(isa_.width, shape.depth)),
+        width_(padded_width(isa_.width, shape.cols)),
         scale_(scale),
         blocks_(make_blocks(shape.images, shape.channels)),
         in_(in),
@@ -226,8 +227,8 @@ class Backward {
     const int64_t depth = shape_.depth, cols = shape_.cols;
     const int64_t source = first_row + row;
     isa_.pack_columns(in_.x + source * depth, depth, rows, depth, image.x_columns + row * depth);
-    isa_.pack_rows(in_.x + source * depth, depth, rows, depth, image.x_rows + row * depth_width_);
     isa_.pack_columns(in_.dy + source * cols, cols, rows, cols, image.dy_columns + row * cols);
+    isa_.pack_rows(in_.x + source * depth, depth, rows, depth, image.x_rows + row * depth_width_);
     isa_.pack_rows(in_.dy + source * cols, cols, rows, cols, image.dy_rows + row * width_);
     if (separate_v_)
       isa_.pack_columns(in_.v + source * cols, cols, rows, cols, image.v_columns + row * cols);
@@ -273,6 +274,11 @@ class Backward {
     const int64_t ld = blocks_.size, row = blocks_.first(i), col = blocks_.first(j);
     const int64_t rows = blocks_.rows(i), cols = blocks_.rows(j);
     const int64_t depth = shape_.depth, k = shape_.cols;
+    for (const int64_t first : {row, col}) {
+      for (const float* wanted : {image.x_rows, image.dx})
+        prefetch(wanted + first * depth_width_, rows * depth_width_);
+      prefetch(image.dy_rows + first * width_, rows * width_);
+    }
     products(image, i, j, tile);
     isa_.sci_gradient(tile.s, tile.e, tile.f, rows, cols, ld, scale_, image.stats(row),
                       image.stats(col));
@@ -309,13 +315,11 @@ class Backward {
   std::vector<Tile> tiles_;
 };
 
-at::Tensor wide(const at::Tensor& t) { return t.to(at::kFloat).contiguous(); }
-
 std::tuple<at::Tensor, at::Tensor, at::Tensor> sci(const at::Tensor& x,
                                                    const std::optional<at::Tensor>& v,
                                                    double scale) {
-  const at::Tensor wide_x = x.to(at::kFloat).contiguous();
-  const at::Tensor wide_v = v ? v->to(at::kFloat).contiguous() : wide_x;
+  check_features("cpu_sci", x, v);
+  const at::Tensor wide_x = wide(x), wide_v = v ? wide(*v) : wide_x;
   at::Tensor y = at::empty_like(wide_v);
   at::Tensor row_argmax = at::empty({x.size(0), x.size(1)}, wide_x.options());
   at::Tensor row_sum = at::empty_like(row_argmax);
@@ -328,6 +332,12 @@ std::tuple<at::Tensor, at::Tensor> sci_backward(const at::Tensor& dy, const at::
                                                 const std::optional<at::Tensor>& v,
                                                 const at::Tensor& y, const at::Tensor& row_argmax,
                                                 const at::Tensor& row_sum, double scale) {
+  check_features("cpu_sci_backward", x, v);
+  const at::IntArrayRef rows = x.sizes().slice(0, 2);
+  check_shape("cpu_sci_backward", "dy", dy, v ? v->sizes() : x.sizes());
+  check_shape("cpu_sci_backward", "y", y, dy.sizes());
+  check_shape("cpu_sci_backward", "row_max", row_argmax, rows);
+  check_shape("cpu_sci_backward", "row_sum", row_sum, rows);
   const at::Tensor wide_x = wide(x), wide_dy = wide(dy), wide_y = wide(y);
   const at::Tensor wide_v = v ? wide(*v) : wide_x;
   at::Tensor dx = at::empty_like(wide_x);

@@ -26,9 +26,16 @@ inline void pack_columns(const float* src, int64_t ld, int64_t rows, int64_t dep
     const float* from = src + first * ld;
     float* to = dst + first * depth;
     const int64_t pitch = n * kWidth;
-    for (int64_t k = 0; k < depth; k++) {
-      for (int64_t lane = 0; lane < lanes; lane++) to[k * pitch + lane] = from[lane * ld + k];
-      for (int64_t lane = lanes; lane < pitch; lane++) to[k * pitch + lane] = 0;
+    // By way of a small square: rows at a power of two apart share a few places in the cache.
+    constexpr int64_t kStep = 16;
+    float square[kVecs * kWidth][kStep] = {};
+    for (int64_t first_k = 0; first_k < depth; first_k += kStep) {
+      const int64_t length = depth - first_k < kStep ? depth - first_k : kStep;
+      for (int64_t lane = 0; lane < lanes; lane++)
+        std::memcpy(square[lane], from + lane * ld + first_k, length * sizeof(float));
+      for (int64_t k = 0; k < length; k++)
+        for (int64_t lane = 0; lane < pitch; lane++)
+          to[(first_k + k) * pitch + lane] = square[lane][k];
     }
   });
 }
@@ -59,7 +66,19 @@ inline void micro_kernel(const float* a, int64_t lda, const float* b, int64_t de
       __builtin_prefetch(c + r * ldc + n * kWidth, 1);
     }
   }
+  // Without fused multiply-add every product rounds, too: short sums make up for it.
+  [[maybe_unused]] Vec total[R][N] = {};
   for (int64_t k = 0; k < depth; k++) {
+    if constexpr (kChain < kAll) {
+      if (k > 0 && k % kChain == 0) {
+        for (int r = 0; r < R; r++) {
+          for (int n = 0; n < N; n++) {
+            total[r][n] = total[r][n] + acc[r][n];
+            acc[r][n] = splat(0);
+          }
+        }
+      }
+    }
     Vec right[N];
 #pragma GCC unroll 4
     for (int n = 0; n < N; n++) right[n] = load(b + (k * N + n) * kWidth);
@@ -75,6 +94,7 @@ inline void micro_kernel(const float* a, int64_t lda, const float* b, int64_t de
 #pragma GCC unroll 4
     for (int n = 0; n < N; n++) {
       float* to = c + r * ldc + n * kWidth;
+      if constexpr (kChain < kAll) acc[r][n] = total[r][n] + acc[r][n];
       store(to, add ? load(to) + acc[r][n] : acc[r][n]);
     }
   }

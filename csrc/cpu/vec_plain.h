@@ -13,6 +13,8 @@ typedef int32_t Mask __attribute__((vector_size(16)));
 constexpr int64_t kWidth = 4;
 constexpr int kRows = 4;
 constexpr int kVecs = 3;
+// Products of a sum that are added up before they join it.
+constexpr int64_t kAll = INT64_MAX, kChain = 16;
 
 inline Vec load(const float* p) {
   Vec v;

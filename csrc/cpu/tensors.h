@@ -1,0 +1,35 @@
+// What the operators do with tensors before and after the kernels.
+
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/util/Exception.h>
+
+#include <optional>
+
+namespace cin_fast {
+
+// float32, contiguous: what the kernels compute in.
+inline at::Tensor wide(const at::Tensor& t) { return t.to(at::kFloat).contiguous(); }
+
+inline void check_features(const char* name, const at::Tensor& x,
+                           const std::optional<at::Tensor>& v) {
+  const auto type = x.scalar_type();
+  TORCH_CHECK(x.dim() == 3 && x.size(1) > 0 && x.size(2) > 0, name,
+              ": x: expected (B, C, L), found ", x.sizes());
+  TORCH_CHECK(type == at::kFloat || type == at::kBFloat16 || type == at::kHalf, name,
+              ": x: expected float32, bfloat16 or float16, found ", type);
+  if (!v) return;
+  TORCH_CHECK(v->dim() == 3 && v->size(0) == x.size(0) && v->size(1) == x.size(1) && v->size(2) > 0,
+              name, ": v: expected (B, C, K) to go with x, found ", v->sizes());
+  TORCH_CHECK(v->scalar_type() == type, name, ": v: expected x's dtype, found ", v->scalar_type());
+}
+
+// That t, an output of the forward pass or its gradient, has this shape.
+inline void check_shape(const char* name, const char* what, const at::Tensor& t,
+                        at::IntArrayRef expected) {
+  TORCH_CHECK(t.sizes() == expected, name, ": ", what, ": expected ", expected, ", found ",
+              t.sizes());
+}
+
+}  // namespace cin_fast
