@@ -81,7 +81,7 @@ class Emulator:
     def register(self) -> torch.library.Library:
         """The operators stay registered for as long as the result lives."""
         library = torch.library.Library("cin_fast", "IMPL")
-        for name in ("sci", "sci_backward"):
+        for name in ("sci", "sci_backward", "cci", "cci_backward"):
             library.impl(f"cuda_{name}", getattr(self, name), "CPU")
         return library
 
@@ -106,8 +106,39 @@ class Emulator:
         arguments = _Arguments(self, x, v, scale)
         dx = arguments.output(x.shape, x.dtype)
         dv = None if v is None else arguments.output(v.shape, v.dtype)
-        arguments.call("emulated_sci_backward", [dy, x, v, y, row_max, row_sum], [dx, dv])
+        arguments.call("emulated_sci_backward", [dy, x, v, row_max, row_sum], [dx, dv])
         return dx, x.new_empty(0) if dv is None else dv
+
+    def cci(
+        self, x: Tensor, partner: Tensor, eta: Tensor, v: Tensor | None, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        arguments = _Arguments(self, x, v, scale)
+        y, b = (arguments.output((x if v is None else v).shape, x.dtype) for _ in "yb")
+        row_max = arguments.output(x.shape[:2], torch.float32)
+        row_sum = arguments.output(x.shape[:2], torch.float32)
+        arguments.call("emulated_cci_forward", [x, v, partner, eta], [y, b, row_max, row_sum])
+        return y, b, row_max, row_sum
+
+    def cci_backward(
+        self,
+        dy: Tensor,
+        x: Tensor,
+        partner: Tensor,
+        eta: Tensor,
+        v: Tensor | None,
+        y: Tensor,
+        b: Tensor,
+        row_max: Tensor,
+        row_sum: Tensor,
+        scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        arguments = _Arguments(self, x, v, scale)
+        dx = arguments.output(x.shape, x.dtype)
+        deta = arguments.output(eta.shape, torch.float32)
+        dv = None if v is None else arguments.output(v.shape, v.dtype)
+        inputs = [dy, x, v, partner, eta, row_max, row_sum]
+        arguments.call("emulated_cci_backward", inputs, [dx, deta, dv])
+        return dx, deta, x.new_empty(0) if dv is None else dv
 
 
 class _Arguments:

@@ -17,7 +17,14 @@ from emulation import Emulator, build
 from torch import Tensor
 
 from cin_fast import dispatch, ops
-from cin_fast.testing import INPUT_KINDS, KERNEL_DTYPES, check_sci, make_input
+from cin_fast.testing import (
+    INPUT_KINDS,
+    KERNEL_DTYPES,
+    check_cci,
+    check_sci,
+    make_input,
+    make_pairs,
+)
 
 # Unit sizes, tails on both sides of a block, two panels, ResNet's 14 x 14, an empty batch.
 SHAPES = ((1, 1, 1), (3, 30, 1), (1, 1, 7), (2, 17, 5), (2, 65, 33), (1, 100, 196), (0, 8, 9))
@@ -65,6 +72,37 @@ def test_sci_in_chunks(emulator: Emulator, dtype: torch.dtype) -> None:
     check_sci("cuda", x, v, dy)
 
 
+@pytest.mark.parametrize("columns", [None, 9, 20])
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
+@pytest.mark.parametrize("kind", INPUT_KINDS)
+def test_cci(emulator: Emulator, kind: str, dtype: torch.dtype, columns: int | None) -> None:
+    """Odd batches: the last image is its own partner. Of few numbers the largest error is luck, and
+    eta has one gradient an image: hence 11 images."""
+    for shape in ((1, 1, 1), (11, 17, 5), (3, 65, 33), (0, 8, 9)):
+        x, v, dy = inputs(kind, shape, columns, dtype)
+        check_cci("cuda", x, *make_pairs(shape[0]), v, dy)
+
+
+def test_cci_in_chunks(emulator: Emulator) -> None:
+    x, v, dy = inputs("diffuse", (2, 40, 230), 215, torch.bfloat16)
+    check_cci("cuda", x, *make_pairs(2), v, dy)
+
+
+@pytest.mark.parametrize("columns", [None, 9])
+def test_cci_of_resnet_maps(emulator: Emulator, columns: int | None) -> None:
+    """Partners that are no neighbours, eta of either sign."""
+    x, v, dy = inputs("relu", (4, 68, 196), columns, torch.bfloat16)
+    partner = torch.tensor([3, 1, 2, 0])
+    check_cci("cuda", x, partner, torch.tensor([0.7, -0.4, 1.0, 0.0]), v, dy)
+
+
+def test_own_partner_with_eta_one_leaves_nothing(emulator: Emulator) -> None:
+    """M = P - P: every sign is 0, and so are value and gradients."""
+    x, _, dy = inputs("randn", (1, 33, 20), None, torch.float32)
+    results = check_cci("cuda", x, torch.zeros(1, dtype=torch.int64), torch.ones(1), None, dy)
+    assert all(not result.any() for result in results.results.values())
+
+
 @pytest.mark.parametrize("scale", [1.0, 0.3, 0.0])
 def test_scale(emulator: Emulator, scale: float) -> None:
     x, v, dy = inputs("diffuse", (1, 33, 20), 5, torch.float32)
@@ -95,13 +133,16 @@ def test_any_strides(emulator: Emulator) -> None:
         assert torch.equal(ops.sci(same, backend="cuda"), expected)
 
 
-@pytest.mark.parametrize("order", [1, 2, 3])
+@pytest.mark.parametrize("order", [1, 2])
 def test_any_order_of_warps_gives_the_same_bits(emulator: Emulator, order: int) -> None:
-    x, v, dy = inputs("randn", (1, 70, 72), None, torch.bfloat16)
-    first = check_sci("cuda", x, v, dy).results
-    emulator.order = order
-    second = check_sci("cuda", x, v, dy).results
-    assert all(torch.equal(first[name], second[name]) for name in first)
+    x, v, dy = inputs("randn", (2, 70, 72), None, torch.bfloat16)
+    pairs = make_pairs(2)
+    for check in (check_sci, lambda *a: check_cci(a[0], a[1], *pairs, *a[2:])):
+        emulator.order = 0
+        first = check("cuda", x, v, dy).results
+        emulator.order = order
+        second = check("cuda", x, v, dy).results
+        assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_no_bank_conflicts(emulator: Emulator) -> None:

@@ -47,15 +47,38 @@ struct SciForward {
 };
 
 struct SciBackward {
-  View dy, x, v, y;
+  View dy, x, v;
   const float *row_max, *row_sum;
   // dv is nullptr where v = x: its share is then in dx.
   void *dx, *dv;
+};
+
+// partner and eta are contiguous; b is the partner term before eta: y = A - eta b.
+struct CciForward {
+  View x, v;
+  const int64_t* partner;
+  const float* eta;
+  void *y, *b;
+  float *row_max, *row_sum;
+};
+
+struct CciBackward {
+  View dy, x, v;
+  const int64_t* partner;
+  const float* eta;
+  const float *row_max, *row_sum;
+  // dv as above.
+  void *dx, *dv;
+  float* deta;
 };
 
 cudaError_t sci_forward(const Context& context, Dtype dtype, const Shape& shape, float scale,
                         const SciForward& arguments);
 cudaError_t sci_backward(const Context& context, Dtype dtype, const Shape& shape, float scale,
                          const SciBackward& arguments);
+cudaError_t cci_forward(const Context& context, Dtype dtype, const Shape& shape, float scale,
+                        const CciForward& arguments);
+cudaError_t cci_backward(const Context& context, Dtype dtype, const Shape& shape, float scale,
+                         const CciBackward& arguments);
 
 }  // namespace cin_fast

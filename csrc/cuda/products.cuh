@@ -6,6 +6,7 @@
 //   nn: acc (16 x 8 M) += P (16 x 8 N, in registers) values (8 N x 8 M, in shared memory)
 //   exponential(z) = base^z, and kUnit = log_base(e)
 //   over(z, divisor(y)) = z / y
+//   Wide adds up what is later subtracted from a number nearly equal
 #pragma once
 
 #include "ptx.cuh"
@@ -43,6 +44,7 @@ struct HalfProducts {
   static constexpr int kStep = 16, kPanel = 64;
   // Makes the row pitch an odd number of 16-byte pieces: ldmatrix then meets no bank twice.
   static constexpr int kPad = 8;
+  using Wide = float;
   static constexpr float kUnit = kLog2E;
   __device__ static float exponential(float z) { return ptx::exp2_approximate(z); }
   __device__ static float divisor(float y) { return 1.f / y; }
@@ -55,6 +57,7 @@ struct HalfProducts {
     const int lane = lane_id();
     rows += lane % 16 * pitch + lane / 16 * 8;
     columns += (lane % 8 + lane / 16 * 8) * pitch + lane / 8 % 2 * 8;
+#pragma unroll 1
     for (int step = 0; step < steps; ++step) {
       uint32_t a[4];
       ptx::ldmatrix_x4(a, rows + step * kStep);
@@ -97,6 +100,7 @@ struct HalfProducts {
 struct Tf32Products {
   using Element = float;
   static constexpr int kStep = 8, kPanel = 32, kPad = 4;
+  using Wide = float;
   static constexpr float kUnit = kLog2E;
   __device__ static float exponential(float z) { return ptx::exp2_approximate(z); }
   __device__ static float divisor(float y) { return 1.f / y; }
@@ -108,6 +112,7 @@ struct Tf32Products {
     const int group = lane_id() / 4, member = lane_id() % 4;
     rows += group * pitch + member;
     columns += group * pitch + member;
+#pragma unroll 1
     for (int step = 0; step < steps; ++step) {
       const float* r = rows + step * kStep;
       const uint32_t a[4] = {ptx::round_to_tf32(r[0]), ptx::round_to_tf32(r[8 * pitch]),
@@ -144,6 +149,7 @@ struct Tf32Products {
 struct IeeeProducts {
   using Element = float;
   static constexpr int kStep = 4, kPanel = 32, kPad = 4;
+  using Wide = double;
   static constexpr float kUnit = 1.f;
   __device__ static float exponential(float z) { return expf(z); }
   __device__ static float divisor(float y) { return y; }
@@ -157,6 +163,7 @@ struct IeeeProducts {
     columns += 2 * member * pitch;
     // Summed up by panel first: partial sums stay small, and with them what rounding takes.
     float panel[N][4] = {};
+#pragma unroll 1
     for (int step = 0; step < steps; ++step) {
       const float4 low = *reinterpret_cast<const float4*>(rows + step * kStep);
       const float4 high = *reinterpret_cast<const float4*>(rows + 8 * pitch + step * kStep);

@@ -128,7 +128,13 @@ struct SharedMemory {
 template <class... Parameters, class... Arguments>
 void launch_kernel(void (*kernel)(Parameters...), const char*, dim3 grid, int threads,
                    size_t shared_bytes, cudaStream_t stream, const Arguments&... arguments) {
-  kernel<<<grid, threads, shared_bytes, stream> > >(arguments...);
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  // Its error is also the last error, which launch() reads.
+  cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 
 #endif

@@ -9,11 +9,6 @@
 namespace cin_fast {
 namespace {
 
-// Columns of v, or of a gradient, that a block accumulates: all of a thin v, or a chunk.
-constexpr int kThin = 16;
-template <class Products>
-constexpr int kChunk = sizeof(typename Products::Element) == 2 ? 208 : 112;
-
 template <class T>
 struct ForwardParameters {
   Batch<T> x, v;
@@ -82,8 +77,7 @@ struct TermsParameters {
   float factor;
 };
 
-template <class T>
-constexpr int kTermsWidth = sizeof(T) == 2 ? 64 : 32;
+constexpr int kTermsWidth = 32;
 
 // What softmax_gradient takes off dP, delta_i = sum over j of P_ij dP_ij, for 64 rows. It equals
 // dY_i . Y_i, but from a rounded Y that is too coarse: where one weight is nearly 1, dP - delta is
@@ -92,7 +86,7 @@ template <class Products>
 __global__ void __launch_bounds__(kGroupThreads)
     sci_terms_kernel(TermsParameters<typename Products::Element> p, int row_blocks) {
   using T = typename Products::Element;
-  constexpr int kWidth = kTermsWidth<T>;
+  constexpr int kWidth = kTermsWidth;
   const int64_t image = blockIdx.x / row_blocks;
   const int row = blockIdx.x % row_blocks * kBlockRows;
   const Matrix<T> x = p.x.image(image), v = p.v.image(image), dy = p.dy.image(image);
@@ -100,7 +94,8 @@ __global__ void __launch_bounds__(kGroupThreads)
   Stream<Products, kWidth> stream(shared);
 
   // Divided by the row's sum at the end, exactly as the weights are in effect.
-  float peak[2], sum[2], delta[2] = {};
+  float peak[2], sum[2];
+  typename Products::Wide delta[2] = {};
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int r = row + lane_row() + half * 8;
@@ -122,11 +117,10 @@ __global__ void __launch_bounds__(kGroupThreads)
   }
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const float total = quad_sum(delta[half]);
+    const auto total = quad_sum(delta[half]) / sum[half];
     const int r = row + lane_row() + half * 8;
     if (r < x.rows && lane_id() % 4 == 0)
-      p.terms[image * x.rows + r] =
-          make_float4(peak[half], Products::divisor(sum[half]), total / sum[half], 0.f);
+      p.terms[image * x.rows + r] = row_terms(peak[half], Products::divisor(sum[half]), total);
   }
 }
 
@@ -138,10 +132,6 @@ struct BackwardParameters {
   int positions, columns;
   float scale, factor;
 };
-
-// What a block collects: chunks of dx come first in the grid, then chunks of dv. Where v = x, dv is
-// part of dx; where v is thin, the first chunk of dx brings all of dv with it.
-enum class Values { kOwn, kThin, kTied };
 
 constexpr int kBackwardWidth = 32;
 
@@ -177,8 +167,8 @@ __device__ void softmax_gradient(float (&s)[N][4], float (&dp)[N][4],
         const float p = of_column.y > 0.f ? weight<Products>(s[n][i], factor, rows[half]) : 0.f;
         const float p_mirrored =
             of_column.y > 0.f ? weight<Products>(s[n][i], factor, of_column) : 0.f;
-        dp[n][i] = scale *
-                   (p * (dp[n][i] - rows[half].z) + p_mirrored * (dp_mirrored[n][i] - of_column.z));
+        dp[n][i] = scale * (p * (dp[n][i] - rows[half].z - rows[half].w) +
+                            p_mirrored * (dp_mirrored[n][i] - of_column.z - of_column.w));
         s[n][i] = p_mirrored;
       }
     }
@@ -270,7 +260,7 @@ cudaError_t launch_terms(const Context& context, const Shape& shape, const SciBa
   p.terms = terms;
   const int row_blocks = divide_up(shape.channels, kBlockRows);
   return launch(context, "sci_terms", sci_terms_kernel<Products>, dim3(shape.batch * row_blocks),
-                kGroupThreads, 2 * Stream<Products, kTermsWidth<T>>::kStage * sizeof(T),
+                kGroupThreads, 2 * Stream<Products, kTermsWidth>::kStage * sizeof(T),
                 TermsParameters<T>{p.dy, p.x, p.v, a.row_max, a.row_sum, terms, p.factor},
                 row_blocks);
 }

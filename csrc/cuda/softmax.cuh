@@ -12,7 +12,8 @@ __device__ __forceinline__ float quad_max(float value) {
   return fmaxf(value, __shfl_xor_sync(~0u, value, 2));
 }
 
-__device__ __forceinline__ float quad_sum(float value) {
+template <class Number>
+__device__ __forceinline__ Number quad_sum(Number value) {
   value += __shfl_xor_sync(~0u, value, 1);
   return value + __shfl_xor_sync(~0u, value, 2);
 }
@@ -82,9 +83,15 @@ struct RunningSoftmax {
   }
 };
 
-// What the backward pass needs of a row: x is its peak, y one over its sum, z the row sum of P dP,
-// w its share in the gradient of eta.
+// What the backward pass needs of a row: x is its peak, y the divisor of its weights, z + w the row
+// sum of P dP.
 using RowTerms = float4;
+
+template <class Number>
+__device__ __forceinline__ RowTerms row_terms(float peak, float divisor, Number delta) {
+  const float high = static_cast<float>(delta);
+  return make_float4(peak, divisor, high, static_cast<float>(delta - high));
+}
 
 // A row that does not exist has y = 0.
 __device__ __forceinline__ RowTerms load_terms(const RowTerms* terms, int row, int rows) {

@@ -11,6 +11,16 @@ namespace cin_fast {
 constexpr int kBlockRows = 64;
 constexpr int kGroupThreads = 128;
 
+// Columns of v, or of a gradient, that a block accumulates: all of a thin v, or a chunk.
+constexpr int kThin = 16;
+template <class Products>
+constexpr int kChunk = sizeof(typename Products::Element) == 2 ? 208 : 112;
+
+// What a block of the backward pass collects: chunks of dx come first in the grid, then chunks of
+// dv. Where v = x, dv is part of dx; where v is thin, the first chunk of dx brings all of dv with
+// it.
+enum class Values { kOwn, kThin, kTied };
+
 // Rows start on 16 bytes. What lies between the last column and the pitch is zero.
 template <class T>
 struct Matrix {
@@ -34,6 +44,8 @@ template <int kRows, int kColumns, class T>
 __device__ __forceinline__ void load_tile(T* tile, int pitch, const Matrix<T>& from, int row,
                                           int column, int thread, int threads) {
   constexpr int kElements = 16 / sizeof(T), kPieces = kColumns / kElements;
+  // Unrolled, the addresses of later pieces would take registers from the sums.
+#pragma unroll 1
   for (int i = thread; i < kRows * kPieces; i += threads) {
     const int r = i / kPieces, c = i % kPieces * kElements;
     const bool valid = row + r < from.rows && column + c < from.columns;

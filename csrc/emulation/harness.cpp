@@ -56,12 +56,34 @@ extern "C" int emulated_sci_forward(const EmulationCall* call, const void* x, co
 
 extern "C" int emulated_sci_backward(const EmulationCall* call, const void* dy,
                                      const long* dy_strides, const void* x, const long* x_strides,
-                                     const void* v, const long* v_strides, const void* y,
-                                     const long* y_strides, const float* row_max, const long*,
-                                     const float* row_sum, const long*, void* dx, void* dv) {
+                                     const void* v, const long* v_strides, const float* row_max,
+                                     const long*, const float* row_sum, const long*, void* dx,
+                                     void* dv) {
   Workspace workspace;
-  return cin_fast::sci_backward(context_of(workspace, *call), cin_fast::Dtype(call->dtype),
+  return cin_fast::sci_backward(
+      context_of(workspace, *call), cin_fast::Dtype(call->dtype), shape_of(*call), call->scale,
+      {view(dy, dy_strides), view(x, x_strides), view(v, v_strides), row_max, row_sum, dx, dv});
+}
+
+extern "C" int emulated_cci_forward(const EmulationCall* call, const void* x, const long* x_strides,
+                                    const void* v, const long* v_strides, const int64_t* partner,
+                                    const long*, const float* eta, const long*, void* y, void* b,
+                                    float* row_max, float* row_sum) {
+  Workspace workspace;
+  return cin_fast::cci_forward(
+      context_of(workspace, *call), cin_fast::Dtype(call->dtype), shape_of(*call), call->scale,
+      {view(x, x_strides), view(v, v_strides), partner, eta, y, b, row_max, row_sum});
+}
+
+extern "C" int emulated_cci_backward(const EmulationCall* call, const void* dy,
+                                     const long* dy_strides, const void* x, const long* x_strides,
+                                     const void* v, const long* v_strides, const int64_t* partner,
+                                     const long*, const float* eta, const long*,
+                                     const float* row_max, const long*, const float* row_sum,
+                                     const long*, void* dx, float* deta, void* dv) {
+  Workspace workspace;
+  return cin_fast::cci_backward(context_of(workspace, *call), cin_fast::Dtype(call->dtype),
                                 shape_of(*call), call->scale,
                                 {view(dy, dy_strides), view(x, x_strides), view(v, v_strides),
-                                 view(y, y_strides), row_max, row_sum, dx, dv});
+                                 partner, eta, row_max, row_sum, dx, dv, deta});
 }

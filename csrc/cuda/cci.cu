@@ -1,0 +1,517 @@
+// cci: Y = |P_i - eta_i P_p| v_i and its gradients, P = softmax(scale x x^T), p the partner of
+// image i. docs/kernels.md explains the algorithm.
+//
+// Two groups of four warps share a block: each computes its own image's part of a tile and trades
+// it, in shared memory, for the other's. Thread t of either group holds the same elements.
+// Forward: one group collects y, the other b. Backward: each collects its own image's gradients,
+// and a pair of images is one block's work, so that nothing is scattered.
+#include "host.cuh"
+
+namespace cin_fast {
+namespace {
+
+constexpr int kWidth = 32, kBackwardWidth = 16;
+constexpr int kBlockThreads = 2 * kGroupThreads;
+
+__device__ __forceinline__ int group_id() { return threadIdx.x / kGroupThreads; }
+
+__device__ __forceinline__ float sign(float value) {
+  return value > 0.f ? 1.f : value < 0.f ? -1.f : 0.f;
+}
+
+// W_own - eta W_other, the same bits in whichever group computes it.
+__device__ __forceinline__ float contrast(float own, float eta, float other) {
+  return fmaf(-eta, other, own);
+}
+
+// Hands a thread's elements to its counterpart in the other group and returns with theirs.
+template <int kTiles>
+struct Exchange {
+  static constexpr int kElements = kTiles * 4 * kBlockThreads;
+
+  float* buffer;
+
+  __device__ explicit Exchange(SharedMemory& shared) : buffer(shared.take<float>(kElements)) {}
+
+  __device__ void give(const float (&own)[kTiles][4]) {
+#pragma unroll
+    for (int i = 0; i < kTiles * 4; ++i)
+      buffer[i * kBlockThreads + threadIdx.x] = own[i / 4][i % 4];
+  }
+
+  // After a barrier.
+  __device__ void take(float (&other)[kTiles][4]) const {
+#pragma unroll
+    for (int i = 0; i < kTiles * 4; ++i)
+      other[i / 4][i % 4] = buffer[i * kBlockThreads + (threadIdx.x ^ kGroupThreads)];
+  }
+};
+
+template <class T>
+struct StatisticsParameters {
+  Batch<T> x;
+  float *row_max, *row_sum;
+  float factor;
+};
+
+template <class Products>
+__global__ void __launch_bounds__(kGroupThreads)
+    cci_statistics_kernel(StatisticsParameters<typename Products::Element> p, int row_blocks) {
+  using T = typename Products::Element;
+  const int64_t image = blockIdx.x / row_blocks;
+  const int row = blockIdx.x % row_blocks * kBlockRows;
+  const Matrix<T> x = p.x.image(image);
+  SharedMemory shared;
+  Stream<Products, kWidth> stream(shared);
+  RunningSoftmax<Products> softmax(p.factor);
+  for (int column = 0; column < x.rows; column += kWidth) {
+    float s[kWidth / 8][4] = {}, nothing[1][4] = {};
+    stream.product(s, x, row, x, column);
+    softmax.update(s, nothing, x.rows - column);
+  }
+  softmax.finish();
+  softmax.store(p.row_max + image * x.rows, p.row_sum + image * x.rows, row, x.rows);
+}
+
+template <class T>
+struct ForwardParameters {
+  Batch<T> x, v;
+  const int64_t* partner;
+  const float* eta;
+  T *y, *b;
+  const float *row_max, *row_sum;
+  int columns;
+  float factor;
+};
+
+// Peak and divisor of a lane's two rows of one image.
+template <class Products>
+__device__ void load_statistics(RowTerms (&terms)[2], const float* row_max, const float* row_sum,
+                                int row, int rows) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int r = row + lane_row() + half * 8;
+    const bool exists = r < rows;
+    terms[half] = make_float4(exists ? row_max[r] : 0.f,
+                              Products::divisor(exists ? row_sum[r] : 1.f), 0.f, 0.f);
+  }
+}
+
+// Elements of x x^T to weights; none where a column does not exist.
+template <class Products, int N>
+__device__ void to_weights(float (&s)[N][4], const RowTerms (&terms)[2], float factor,
+                           int columns) {
+#pragma unroll
+  for (int n = 0; n < N; ++n) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      const bool exists = n * 8 + lane_column() + e % 2 < columns;
+      s[n][e] = exists ? weight<Products>(s[n][e], factor, terms[e / 2]) : 0.f;
+    }
+  }
+}
+
+template <class Products, int kColumns>
+struct ForwardTiles {
+  using T = typename Products::Element;
+  static constexpr int kPitch = kColumns + Products::kPad;
+  static constexpr size_t kStages = 2 * Stream<Products, kWidth>::kStage * sizeof(T);
+  static constexpr size_t kSharedBytes =
+      shared_bytes({kStages, kStages, kWidth * kPitch * sizeof(T),
+                    Exchange<kWidth / 8>::kElements * sizeof(float)});
+};
+
+// Grid: row blocks of all images, chunks of v's columns.
+template <class Products, int kColumns>
+__global__ void __launch_bounds__(kBlockThreads)
+    cci_forward_kernel(ForwardParameters<typename Products::Element> p, int row_blocks) {
+  using Tiles = ForwardTiles<Products, kColumns>;
+  using T = typename Products::Element;
+  constexpr int kAcross = kWidth / 8;
+  const int64_t image = blockIdx.x / row_blocks;
+  const int row = blockIdx.x % row_blocks * kBlockRows, chunk = blockIdx.y * kColumns;
+  const bool first = group_id() == 0;
+  const int64_t own = first ? image : p.partner[image];
+  const float eta = p.eta[image];
+  const Matrix<T> x = p.x.image(own), v = p.v.image(image);
+  SharedMemory shared;
+  Stream<Products, kWidth> streams[2] = {Stream<Products, kWidth>(shared),
+                                         Stream<Products, kWidth>(shared)};
+  T* values = shared.take<T>(kWidth * Tiles::kPitch);
+  Exchange<kAcross> exchange(shared);
+  Stream<Products, kWidth> stream = first ? streams[0] : streams[1];
+
+  RowTerms terms[2];
+  load_statistics<Products>(terms, p.row_max + own * x.rows, p.row_sum + own * x.rows, row, x.rows);
+  float acc[kColumns / 8][4] = {};
+  for (int column = 0; column < x.rows; column += kWidth) {
+    load_tile<kWidth, kColumns>(values, Tiles::kPitch, v, column, chunk, threadIdx.x,
+                                kBlockThreads);
+    ptx::cp_async_commit();
+    float weights[kAcross][4] = {}, others[kAcross][4];
+    stream.product(weights, x, row, x, column);
+    to_weights<Products>(weights, terms, p.factor, x.rows - column);
+    exchange.give(weights);
+    __syncthreads();
+    exchange.take(others);
+#pragma unroll
+    for (int n = 0; n < kAcross; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const float mine = weights[n][e], theirs = others[n][e];
+        weights[n][e] =
+            first ? fabsf(contrast(mine, eta, theirs)) : sign(contrast(theirs, eta, mine)) * mine;
+      }
+    }
+    Products::nn(acc, weights, values, Tiles::kPitch);
+    // The next tile of v and the next weights land where these lie.
+    __syncthreads();
+  }
+  T* to = (first ? p.y : p.b) + image * x.rows * p.columns;
+  store_tile<Products>(to, acc, 1.f, 1.f, row, x.rows, chunk, p.columns);
+}
+
+template <class T>
+struct BackwardParameters {
+  Batch<T> dy, x, v;
+  const int64_t* partner;
+  const float *eta, *row_max, *row_sum;
+  RowTerms* terms;
+  // The gradient of eta, a share for each row.
+  double* deta_rows;
+  T *dx, *dv;
+  int positions, columns;
+  float scale, factor;
+};
+
+// The pair of images that a block works on; each group owns one.
+struct Pair {
+  int64_t own, other;
+  // The second image of a pair has no block of its own, an image without a partner no second group.
+  bool is_second, has_no_second;
+
+  __device__ Pair(const int64_t* partner, int64_t image) {
+    const int64_t second = partner[image];
+    is_second = second < image;
+    has_no_second = second == image;
+    own = group_id() == 0 ? image : second;
+    other = group_id() == 0 ? second : image;
+  }
+
+  __device__ bool stores() const { return group_id() == 0 || !has_no_second; }
+};
+
+template <class Products>
+constexpr size_t kTermsSharedBytes =
+    shared_bytes({2 * Stream<Products, kWidth>::kStage * sizeof(typename Products::Element),
+                  2 * Stream<Products, kWidth>::kStage * sizeof(typename Products::Element),
+                  Exchange<kWidth / 8>::kElements * sizeof(float)});
+
+// delta_i = sum over j of P_ij dP_ij, and what each row gives to the gradient of eta.
+template <class Products>
+__global__ void __launch_bounds__(kBlockThreads)
+    cci_terms_kernel(BackwardParameters<typename Products::Element> p, int row_blocks) {
+  using T = typename Products::Element;
+  constexpr int kAcross = kWidth / 8;
+  const Pair pair(p.partner, blockIdx.x / row_blocks);
+  if (pair.is_second) return;
+  const int row = blockIdx.x % row_blocks * kBlockRows;
+  const Matrix<T> x = p.x.image(pair.own), v = p.v.image(pair.own), dy = p.dy.image(pair.own);
+  const float eta = p.eta[pair.own], other_eta = p.eta[pair.other];
+  SharedMemory shared;
+  Stream<Products, kWidth> streams[2] = {Stream<Products, kWidth>(shared),
+                                         Stream<Products, kWidth>(shared)};
+  Exchange<kAcross> exchange(shared);
+  Stream<Products, kWidth> stream = group_id() == 0 ? streams[0] : streams[1];
+
+  RowTerms terms[2];
+  const float* row_sum = p.row_sum + pair.own * x.rows;
+  load_statistics<Products>(terms, p.row_max + pair.own * x.rows, row_sum, row, x.rows);
+  typename Products::Wide delta[2] = {}, deta[2] = {};
+  for (int column = 0; column < x.rows; column += kWidth) {
+    float powers[kAcross][4] = {}, dm[kAcross][4] = {}, weights[kAcross][4], others[kAcross][4];
+    stream.product(powers, x, row, x, column);
+    stream.product(dm, dy, row, v, column);
+#pragma unroll
+    for (int n = 0; n < kAcross; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const RowTerms& t = terms[e / 2];
+        const bool exists = column + n * 8 + lane_column() + e % 2 < x.rows;
+        powers[n][e] = exists ? Products::exponential((powers[n][e] - t.x) * p.factor) : 0.f;
+        weights[n][e] = Products::over(powers[n][e], t.y);
+      }
+    }
+    exchange.give(weights);
+    __syncthreads();
+    exchange.take(others);
+    // All have taken the weights; now dM.
+    __syncthreads();
+#pragma unroll
+    for (int n = 0; n < kAcross; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        dm[n][e] *= sign(contrast(weights[n][e], eta, others[n][e]));
+        deta[e / 2] -= dm[n][e] * others[n][e];
+      }
+    }
+    exchange.give(dm);
+    __syncthreads();
+    exchange.take(others);
+#pragma unroll
+    for (int n = 0; n < kAcross; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e)
+        delta[e / 2] += powers[n][e] * (dm[n][e] - other_eta * others[n][e]);
+    }
+  }
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const auto total_delta = quad_sum(delta[half]);
+    const auto total_deta = quad_sum(deta[half]);
+    const int r = row + lane_row() + half * 8;
+    if (r >= x.rows || lane_id() % 4 || !pair.stores()) continue;
+    p.terms[pair.own * x.rows + r] =
+        row_terms(terms[half].x, terms[half].y, total_delta / row_sum[r]);
+    p.deta_rows[pair.own * x.rows + r] = static_cast<double>(total_deta);
+  }
+}
+
+// One block an image, always in the same order. Terms of either sign cancel: hence double.
+__global__ void __launch_bounds__(kGroupThreads)
+    cci_deta_kernel(const double* deta_rows, int rows, float* deta) {
+  const double* of_image = deta_rows + static_cast<int64_t>(blockIdx.x) * rows;
+  double sum = 0.0;
+  for (int r = threadIdx.x; r < rows; r += kGroupThreads) sum += of_image[r];
+  for (int distance = 16; distance > 0; distance /= 2) sum += __shfl_xor_sync(~0u, sum, distance);
+  SharedMemory shared;
+  double* of_warps = shared.take<double>(kGroupThreads / 32);
+  if (lane_id() == 0) of_warps[threadIdx.x / 32] = sum;
+  __syncthreads();
+  if (threadIdx.x == 0)
+    deta[blockIdx.x] = static_cast<float>(of_warps[0] + of_warps[1] + of_warps[2] + of_warps[3]);
+}
+
+template <class Products, Values kValues>
+struct BackwardTiles {
+  using T = typename Products::Element;
+  static constexpr int kColumns = kChunk<Products>;
+  static constexpr int kPitch = kColumns + Products::kPad, kThinPitch = kThin + Products::kPad;
+  static constexpr int kTile = kBackwardWidth * kPitch;
+  static constexpr int kSecond = kValues == Values::kTied   ? kTile
+                                 : kValues == Values::kThin ? kBackwardWidth * kThinPitch
+                                                            : 0;
+  static constexpr size_t kStages = 2 * Stream<Products, kBackwardWidth>::kStage * sizeof(T);
+  static constexpr size_t kSharedBytes =
+      shared_bytes({kStages, kStages, 2 * kTile * sizeof(T), 2 * kSecond * sizeof(T),
+                    2 * Exchange<kBackwardWidth / 8>::kElements * sizeof(float)});
+};
+
+template <class Products, Values kValues>
+__global__ void __launch_bounds__(kBlockThreads)
+    cci_backward_kernel(BackwardParameters<typename Products::Element> p, int row_blocks) {
+  using Tiles = BackwardTiles<Products, kValues>;
+  using T = typename Products::Element;
+  using Tile = Stream<Products, kBackwardWidth>;
+  constexpr int kAcross = kBackwardWidth / 8, kColumns = Tiles::kColumns;
+  const Pair pair(p.partner, blockIdx.x / row_blocks);
+  if (pair.is_second) return;
+  const int row = blockIdx.x % row_blocks * kBlockRows;
+  const int dx_chunks = divide_up(p.positions, kColumns);
+  const bool for_dv = static_cast<int>(blockIdx.y) >= dx_chunks;
+  const int chunk = (for_dv ? blockIdx.y - dx_chunks : blockIdx.y) * kColumns;
+  const Matrix<T> x = p.x.image(pair.own), v = p.v.image(pair.own), dy = p.dy.image(pair.own);
+  const float eta = p.eta[pair.own], other_eta = p.eta[pair.other];
+  const RowTerms* terms = p.terms + pair.own * x.rows;
+  const RowTerms of_rows[2] = {load_terms(terms, row + lane_row(), x.rows),
+                               load_terms(terms, row + lane_row() + 8, x.rows)};
+  SharedMemory shared;
+  Tile streams[2] = {Tile(shared), Tile(shared)};
+  T* first = shared.take<T>(2 * Tiles::kTile) + group_id() * Tiles::kTile;
+  T* second = shared.take<T>(2 * Tiles::kSecond) + group_id() * Tiles::kSecond;
+  Exchange<2 * kAcross> exchange(shared);
+  Tile stream = group_id() == 0 ? streams[0] : streams[1];
+
+  float acc[kColumns / 8][4] = {}, thin[kThin / 8][4] = {};
+  for (int column = 0; column < x.rows; column += kBackwardWidth) {
+    if (for_dv)
+      load_tile<kBackwardWidth, kColumns>(first, Tiles::kPitch, dy, column, chunk, group_thread(),
+                                          kGroupThreads);
+    else
+      load_tile<kBackwardWidth, kColumns>(first, Tiles::kPitch, x, column, chunk, group_thread(),
+                                          kGroupThreads);
+    if constexpr (kValues == Values::kTied)
+      load_tile<kBackwardWidth, kColumns>(second, Tiles::kPitch, dy, column, chunk, group_thread(),
+                                          kGroupThreads);
+    if constexpr (kValues == Values::kThin)
+      load_tile<kBackwardWidth, kThin>(second, Tiles::kThinPitch, dy, column, 0, group_thread(),
+                                       kGroupThreads);
+    ptx::cp_async_commit();
+
+    // The tile and its mirror image, one after the other: weights, then dM.
+    float s[kAcross][4] = {}, straight[kAcross][4] = {}, mirrored[kAcross][4] = {};
+    stream.product(s, x, row, x, column);
+    if (!for_dv) {
+      stream.product(straight, dy, row, v, column);
+      stream.product(mirrored, v, row, dy, column);
+    }
+    float weights[2 * kAcross][4], others[2 * kAcross][4], dm[2 * kAcross][4];
+    RowTerms of_columns[kAcross][2];
+#pragma unroll
+    for (int n = 0; n < kAcross; ++n) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const RowTerms t = load_terms(terms, column + n * 8 + lane_column() + e, x.rows);
+        of_columns[n][e] = t;
+#pragma unroll
+        for (int i = e; i < 4; i += 2) {
+          const bool exists = t.y > 0.f;
+          weights[n][i] = exists ? weight<Products>(s[n][i], p.factor, of_rows[i / 2]) : 0.f;
+          weights[kAcross + n][i] = exists ? weight<Products>(s[n][i], p.factor, t) : 0.f;
+          dm[n][i] = straight[n][i];
+          dm[kAcross + n][i] = mirrored[n][i];
+        }
+      }
+    }
+    exchange.give(weights);
+    __syncthreads();
+    exchange.take(others);
+    // All have taken the weights; now dM.
+    __syncthreads();
+    // |M| of the mirror image: what a column's row of W gives to this row of dv.
+    float magnitude[kAcross][4];
+#pragma unroll
+    for (int n = 0; n < 2 * kAcross; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const float m = contrast(weights[n][e], eta, others[n][e]);
+        dm[n][e] *= sign(m);
+        if (n >= kAcross) magnitude[n - kAcross][e] = fabsf(m);
+      }
+    }
+    exchange.give(dm);
+    __syncthreads();
+    exchange.take(others);
+#pragma unroll
+    for (int n = 0; n < kAcross; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const RowTerms &r = of_rows[e / 2], &c = of_columns[n][e % 2];
+        const float dp = dm[n][e] - other_eta * others[n][e];
+        const float dp_mirrored = dm[kAcross + n][e] - other_eta * others[kAcross + n][e];
+        s[n][e] = p.scale * (weights[n][e] * (dp - r.z - r.w) +
+                             weights[kAcross + n][e] * (dp_mirrored - c.z - c.w));
+      }
+    }
+    if (for_dv)
+      Products::nn(acc, magnitude, first, Tiles::kPitch);
+    else
+      Products::nn(acc, s, first, Tiles::kPitch);
+    if constexpr (kValues == Values::kTied) Products::nn(acc, magnitude, second, Tiles::kPitch);
+    if constexpr (kValues == Values::kThin)
+      Products::nn(thin, magnitude, second, Tiles::kThinPitch);
+    // The next tiles land where these lie.
+    __syncthreads();
+  }
+  if (!pair.stores()) return;
+  if (for_dv)
+    store_tile<Products>(p.dv + pair.own * x.rows * p.columns, acc, 1.f, 1.f, row, x.rows, chunk,
+                         p.columns);
+  else
+    store_tile<Products>(p.dx + pair.own * x.rows * p.positions, acc, 1.f, 1.f, row, x.rows, chunk,
+                         p.positions);
+  if constexpr (kValues == Values::kThin)
+    if (blockIdx.y == 0)
+      store_tile<Products>(p.dv + pair.own * x.rows * p.columns, thin, 1.f, 1.f, row, x.rows, 0,
+                           p.columns);
+}
+
+template <class Products, int kColumns>
+cudaError_t launch_forward(const Context& context, const Shape& shape,
+                           const ForwardParameters<typename Products::Element>& parameters) {
+  const int row_blocks = divide_up(shape.channels, kBlockRows);
+  return launch(context, "cci_forward", cci_forward_kernel<Products, kColumns>,
+                dim3(shape.batch * row_blocks, divide_up(parameters.columns, kColumns)),
+                kBlockThreads, ForwardTiles<Products, kColumns>::kSharedBytes, parameters,
+                row_blocks);
+}
+
+template <class Products, Values kValues>
+cudaError_t launch_backward(const Context& context, const Shape& shape,
+                            const BackwardParameters<typename Products::Element>& parameters) {
+  const int row_blocks = divide_up(shape.channels, kBlockRows);
+  const int chunks =
+      divide_up(parameters.positions, kChunk<Products>) +
+      (kValues == Values::kOwn ? divide_up(parameters.columns, kChunk<Products>) : 0);
+  return launch(context, "cci_backward", cci_backward_kernel<Products, kValues>,
+                dim3(shape.batch * row_blocks, chunks), kBlockThreads,
+                BackwardTiles<Products, kValues>::kSharedBytes, parameters, row_blocks);
+}
+
+}  // namespace
+
+cudaError_t cci_forward(const Context& context, Dtype dtype, const Shape& shape, float scale,
+                        const CciForward& a) {
+  if (shape.batch == 0) return cudaSuccess;
+  return with_products(context, dtype, [&](auto products) {
+    using Products = decltype(products);
+    using T = typename Products::Element;
+    ForwardParameters<T> p{};
+    p.partner = a.partner;
+    p.eta = a.eta;
+    p.y = static_cast<T*>(a.y);
+    p.b = static_cast<T*>(a.b);
+    p.row_max = a.row_max;
+    p.row_sum = a.row_sum;
+    p.columns = a.v.data ? shape.columns : shape.positions;
+    p.factor = softmax_factor<Products>(scale);
+    CIN_FAST_RETURN_IF_ERROR(aligned_batch(context, a.x, shape, shape.positions, &p.x));
+    p.v = p.x;
+    if (a.v.data) CIN_FAST_RETURN_IF_ERROR(aligned_batch(context, a.v, shape, p.columns, &p.v));
+    const int row_blocks = divide_up(shape.channels, kBlockRows);
+    CIN_FAST_RETURN_IF_ERROR(launch(
+        context, "cci_statistics", cci_statistics_kernel<Products>, dim3(shape.batch * row_blocks),
+        kGroupThreads, 2 * Stream<Products, kWidth>::kStage * sizeof(T),
+        StatisticsParameters<T>{p.x, a.row_max, a.row_sum, p.factor}, row_blocks));
+    return p.columns <= kThin ? launch_forward<Products, kThin>(context, shape, p)
+                              : launch_forward<Products, kChunk<Products>>(context, shape, p);
+  });
+}
+
+cudaError_t cci_backward(const Context& context, Dtype dtype, const Shape& shape, float scale,
+                         const CciBackward& a) {
+  if (shape.batch == 0) return cudaSuccess;
+  return with_products(context, dtype, [&](auto products) {
+    using Products = decltype(products);
+    using T = typename Products::Element;
+    const int64_t rows = static_cast<int64_t>(shape.batch) * shape.channels;
+    BackwardParameters<T> p{};
+    p.partner = a.partner;
+    p.eta = a.eta;
+    p.row_max = a.row_max;
+    p.row_sum = a.row_sum;
+    p.terms = static_cast<RowTerms*>(context.allocate(context.owner, rows * sizeof(RowTerms)));
+    p.deta_rows = static_cast<double*>(context.allocate(context.owner, rows * sizeof(double)));
+    p.dx = static_cast<T*>(a.dx);
+    p.dv = static_cast<T*>(a.dv);
+    p.positions = shape.positions;
+    p.columns = a.v.data ? shape.columns : shape.positions;
+    p.scale = scale;
+    p.factor = softmax_factor<Products>(scale);
+    CIN_FAST_RETURN_IF_ERROR(aligned_batch(context, a.x, shape, shape.positions, &p.x));
+    CIN_FAST_RETURN_IF_ERROR(aligned_batch(context, a.dy, shape, p.columns, &p.dy));
+    p.v = p.x;
+    if (a.v.data) CIN_FAST_RETURN_IF_ERROR(aligned_batch(context, a.v, shape, p.columns, &p.v));
+    const int row_blocks = divide_up(shape.channels, kBlockRows);
+    CIN_FAST_RETURN_IF_ERROR(launch(context, "cci_terms", cci_terms_kernel<Products>,
+                                    dim3(shape.batch * row_blocks), kBlockThreads,
+                                    kTermsSharedBytes<Products>, p, row_blocks));
+    CIN_FAST_RETURN_IF_ERROR(launch(context, "cci_deta", cci_deta_kernel, dim3(shape.batch),
+                                    kGroupThreads, 128, p.deta_rows, shape.channels, a.deta));
+    if (!a.v.data) return launch_backward<Products, Values::kTied>(context, shape, p);
+    return p.columns <= kThin ? launch_backward<Products, Values::kThin>(context, shape, p)
+                              : launch_backward<Products, Values::kOwn>(context, shape, p);
+  });
+}
+
+}  // namespace cin_fast
