@@ -3,7 +3,11 @@
 ``pip install .`` builds what this machine can build and leaves the rest out, saying why.
 ``python setup.py build_ext --inplace`` has to build everything, or fails.
 
+The CUDA kernels need nvcc and no GPU; where nvcc is missing they are left out, unless asked for.
+
 Environment: CIN_FAST_BUILD=0 builds nothing, CIN_FAST_BUILD=1 has to build everything;
+CIN_FAST_CUDA=0 leaves the CUDA kernels out, CIN_FAST_CUDA=1 has to build them;
+TORCH_CUDA_ARCH_LIST (default 8.0;9.0a) names their chips, CUDA_HOME the toolkit;
 CIN_FAST_SANITIZE=1 adds the address and undefined-behaviour sanitizers; MAX_JOBS (default 2) and
 CXX as usual.
 """
@@ -12,7 +16,10 @@ import contextlib
 import json
 import os
 import shutil
+import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
@@ -20,6 +27,7 @@ from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
 
 BUILD = os.environ.get("CIN_FAST_BUILD", "")
+CUDA = os.environ.get("CIN_FAST_CUDA", "")
 SANITIZE = os.environ.get("CIN_FAST_SANITIZE") == "1"
 os.environ.setdefault("MAX_JOBS", "2")
 os.chdir(Path(__file__).resolve().parent)
@@ -73,8 +81,89 @@ def cpu_extension() -> Extension:
     )
 
 
-# Name in the build record -> what makes the extension. The CUDA backend (cin_fast._C) joins here.
-EXTENSIONS = {"cpu": cpu_extension}
+def cuda_home() -> Path:
+    """The toolkit: the folder that holds nvcc, its headers and the static runtime."""
+    nvcc = shutil.which("nvcc")
+    named = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    if nvcc:
+        # An nvcc on PATH may be a wrapper far from its toolkit, so this comes last.
+        named.append(str(Path(nvcc).resolve().parent.parent))
+    for folder in map(Path, filter(None, named)):
+        needed = ("bin/nvcc", "include/cuda_runtime.h", "lib64/libcudart_static.a")
+        if all((folder / name).exists() for name in needed):
+            return folder
+    raise CannotBuildError("no CUDA toolkit: set CUDA_HOME to a folder that holds bin/nvcc")
+
+
+def cuda_extension() -> Extension:
+    """``cin_fast._C``: over torch's stable ABI, so one binary serves every torch from 2.11 on."""
+    if NO_TORCH:
+        raise CannotBuildError(NO_TORCH)
+    if CUDA == "0":
+        raise CannotBuildError("CIN_FAST_CUDA=0")
+    if SANITIZE:
+        raise CannotBuildError("CIN_FAST_SANITIZE=1 is for the CPU kernels")
+    if sys.platform != "linux":
+        raise CannotBuildError(f"it builds on Linux, this is {sys.platform}")
+    home = cuda_home()
+    return CppExtension(
+        "cin_fast._C",
+        ["csrc/cuda/binding.cpp"],
+        include_dirs=[str(home / "include")],
+        define_macros=[("TORCH_TARGET_VERSION", "0x020b000000000000")],
+        extra_compile_args=["-O2", "-std=c++20", "-fvisibility=hidden", "-Wall"],
+        extra_objects=[str(home / "lib64" / "libcudart_static.a")],
+        extra_link_args=["-Wl,--exclude-libs,ALL"],
+        libraries=["rt", "dl", "pthread"],
+        py_limited_api=True,
+    )
+
+
+def nvcc_commands(folder: Path) -> dict[Path, list[str]]:
+    """What compiles the kernels for every chip: object -> command, a file of kernels each."""
+    listed = os.environ.get("TORCH_CUDA_ARCH_LIST", "8.0;9.0a").replace(" ", ";").split(";")
+    chips = [name.removesuffix("+PTX").replace(".", "") for name in listed if name]
+    targets = [f"-gencode=arch=compute_{chip},code=sm_{chip}" for chip in chips]
+    # Chips that nothing here names compile the plainest version when they first meet it.
+    plainest = min(chips, key=lambda chip: int(chip.rstrip("af")))
+    targets.append(f"-gencode=arch=compute_{plainest},code=compute_{plainest}")
+    flags = ["-O3", "-std=c++20", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Xptxas=-v"]
+    return {
+        folder / f"{source.name}.o": [
+            *(str(cuda_home() / "bin" / "nvcc"), "-c", str(source), *flags, *targets),
+            *("-o", str(folder / f"{source.name}.o")),
+        ]
+        for source in sorted(Path("csrc/cuda").glob("*.cu"))
+    }
+
+
+def compile_kernels(folder: Path) -> list[str]:
+    """Runs nvcc on what changed; returns all objects. Beside each lies ptxas's report."""
+    folder.mkdir(parents=True, exist_ok=True)
+    newest = max(path.stat().st_mtime for path in (*Path("csrc/cuda").iterdir(), Path("setup.py")))
+    commands = nvcc_commands(folder)
+
+    def compile_one(item: tuple[Path, list[str]]) -> None:
+        target, command = item
+        report = target.with_suffix(".log")
+        same = report.exists() and report.read_text().startswith(" ".join(command) + "\n")
+        if target.exists() and same and target.stat().st_mtime > newest:
+            return
+        print(f"cin_fast: {' '.join(command)}", flush=True)
+        started = time.monotonic()
+        result = subprocess.run(command, capture_output=True, text=True)
+        if result.returncode:
+            raise RuntimeError(f"nvcc failed on {command[2]}:\n{result.stderr[-4000:]}")
+        report.write_text(" ".join(command) + "\n" + result.stderr)
+        print(f"cin_fast: {target.name} after {time.monotonic() - started:.0f} s", flush=True)
+
+    with ThreadPoolExecutor(max_workers=int(os.environ["MAX_JOBS"])) as pool:
+        list(pool.map(compile_one, commands.items()))
+    return [str(target) for target in commands]
+
+
+# Name in the build record -> what makes the extension.
+EXTENSIONS = {"cpu": cpu_extension, "cuda": cuda_extension}
 
 
 def plan() -> tuple[dict[str, Extension], dict[str, str]]:
@@ -106,8 +195,9 @@ class BuildExtensions(BuildExtension):
     def run(self) -> None:
         self.required = BUILD == "1" or "build_ext" in self.distribution.commands
         self.reasons = dict(REASONS)
-        if self.required and self.reasons:
-            raise SystemExit("cin_fast: cannot build " + describe(self.reasons))
+        missing = {name: why for name, why in self.reasons.items() if self.is_required(name)}
+        if missing:
+            raise SystemExit("cin_fast: cannot build " + describe(missing))
         if self.extensions:
             super().run()
         if not (BUILD == "0" and self.inplace):
@@ -119,13 +209,23 @@ class BuildExtensions(BuildExtension):
             + (f"; not built: {describe(self.reasons)}" if self.reasons else "")
         )
 
+    def is_required(self, name: str) -> bool:
+        """A machine may do without nvcc, unless the user says otherwise."""
+        if name == "cuda" and name in REASONS:
+            return CUDA == "1" or (BUILD == "1" and CUDA != "0")
+        return self.required
+
     def build_extension(self, ext: Extension) -> None:
         name = next(name for name, planned in PLANNED.items() if planned is ext)
-        ext.optional = not self.required
+        ext.optional = not self.is_required(name)
         try:
+            if name == "cuda":
+                kernels = compile_kernels(Path(self.build_temp) / "csrc" / "cuda")
+                ext.extra_objects = kernels + ext.extra_objects
             super().build_extension(ext)
         except Exception as error:
-            if self.required:
+            if self.is_required(name):
+                print(error, file=sys.stderr)
                 raise SystemExit(f"cin_fast: building {ext.name} failed: see above") from error
             Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)
             self.reasons[name] = f"the compiler failed ({type(error).__name__})"

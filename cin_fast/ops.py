@@ -431,3 +431,12 @@ for _backend in TAP_BACKENDS:
         _tap_means_gradient(_backend),
         setup_context=_tap_means_context,
     )
+
+# 0 where float32 products follow IEEE 754, 1 where they may round to TF32. The cuda backend asks,
+# since C++ over the stable ABI cannot read the setting.
+torch.library.define("cin_fast::float32_products", "() -> int")
+torch.library.impl(
+    "cin_fast::float32_products",
+    "CompositeExplicitAutograd",
+    lambda: int(torch.get_float32_matmul_precision() != "highest"),
+)

@@ -159,7 +159,7 @@ class _Arguments:
             _SHARED_LIMIT[emulator.capability],
             emulator.capability,
         )
-        self._library.emulation_reset(emulator.order)
+        self._library.emulation_reset(emulator.order, _SHARED_LIMIT[emulator.capability])
         self._storage: list[Tensor] = []
 
     def output(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:

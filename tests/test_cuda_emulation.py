@@ -15,13 +15,16 @@ import pytest
 import torch
 from emulation import Emulator, build
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cin_fast import dispatch, ops
 from cin_fast.testing import (
     INPUT_KINDS,
     KERNEL_DTYPES,
+    assert_exact_as_torch,
     check_cci,
     check_sci,
+    evaluate_sci,
     make_input,
     make_pairs,
 )
@@ -101,6 +104,43 @@ def test_own_partner_with_eta_one_leaves_nothing(emulator: Emulator) -> None:
     x, _, dy = inputs("randn", (1, 33, 20), None, torch.float32)
     results = check_cci("cuda", x, torch.zeros(1, dtype=torch.int64), torch.ones(1), None, dy)
     assert all(not result.any() for result in results.results.values())
+
+
+@pytest.mark.parametrize("columns", [None, 9, 20])
+@pytest.mark.parametrize("kind", INPUT_KINDS)
+def test_tf32(emulator: Emulator, kind: str, columns: int | None) -> None:
+    """By the rule, but against what PyTorch does at this setting on a GPU: products of operands
+    rounded to TF32, summed in float32."""
+    emulator.float32_products = "high"
+    for shape in ((1, 1, 7), (3, 65, 33), (1, 70, 196)):
+        x, v, dy = inputs(kind, shape, columns, torch.float32)
+        with Tf32Matmul():
+            eager = evaluate_sci(x, v, dy, backend="torch")
+        double = [None if t is None else t.double() for t in (x, v, dy)]
+        exact = evaluate_sci(*double, backend="torch")
+        actual = evaluate_sci(x, v, dy, backend="cuda")
+        for name, result in actual.results.items():
+            assert_exact_as_torch(name, result, eager.results[name], exact.results[name])
+
+
+class Tf32Matmul(TorchDispatchMode):
+    """Rounds what matrix products read to TF32, ties to even."""
+
+    def __torch_dispatch__(
+        self,
+        func: torch._ops.OpOverload,
+        types: object,
+        args: tuple[Tensor, ...] = (),
+        kwargs: dict[str, object] | None = None,
+    ) -> object:
+        if func in (torch.ops.aten.mm.default, torch.ops.aten.bmm.default):
+            args = tuple(to_tf32(t) for t in args)
+        return func(*args, **(kwargs or {}))
+
+
+def to_tf32(t: Tensor) -> Tensor:
+    bits = t.contiguous().view(torch.int32)
+    return ((bits + 0xFFF + (bits >> 13 & 1)) & ~0x1FFF).view(torch.float32)
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.3, 0.0])

@@ -6,8 +6,9 @@ extern "C" {
 const char* emulation_error();
 // Cycles that ldmatrix lost to bank conflicts since the last reset.
 long emulation_conflicts();
-// order: 0 runs warps and blocks forward, 1 backward, from 2 on it is a seed.
-void emulation_reset(int order);
+// order: 0 runs warps and blocks forward, 1 backward, from 2 on it is a seed. shared_limit: the
+// most shared memory that a block of this chip may ask for.
+void emulation_reset(int order, int shared_limit);
 // Global memory that kernels may touch, with `guard` forbidden bytes on either side.
 void emulation_buffer(const void* begin, long bytes, long guard);
 }

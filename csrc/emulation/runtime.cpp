@@ -41,7 +41,6 @@ constexpr size_t kStackBytes = 256 << 10;
 constexpr size_t kGapBytes = 4096;
 // Shadow memory has one entry for two bytes, the smallest scalar.
 constexpr size_t kGranule = 2;
-constexpr int kMaxSharedBytes = 232448;
 constexpr int kPlainSharedBytes = 49152;
 
 enum class Reader : uint8_t { kNone, kThread, kWarp, kBlock };
@@ -123,7 +122,7 @@ struct Machine {
   std::map<const void*, int> shared_limits;
   std::vector<Buffer> buffers;
   std::string error;
-  int code = 0, order = 0;
+  int code = 0, order = 0, shared_limit = 0;
   size_t conflicts = 0;
 };
 
@@ -601,7 +600,7 @@ void collective(Collective kind, uint32_t mask, void* operands, Site site) {
 }
 
 int set_shared_memory_limit(const void* kernel, int bytes) {
-  if (bytes > kMaxSharedBytes) return 1;
+  if (bytes > machine.shared_limit) return 1;
   machine.shared_limits[kernel] = bytes;
   return 0;
 }
@@ -646,10 +645,11 @@ extern "C" const char* emulation_error() { return machine.error.c_str(); }
 
 extern "C" long emulation_conflicts() { return long(machine.conflicts); }
 
-extern "C" void emulation_reset(int order) {
+extern "C" void emulation_reset(int order, int shared_limit) {
   machine.error.clear();
   machine.code = 0;
   machine.order = order;
+  machine.shared_limit = shared_limit;
   machine.conflicts = 0;
   machine.buffers.clear();
 }

@@ -1,0 +1,210 @@
+// The operators for torch, over its stable ABI: one binary serves every torch from 2.11 on.
+// Schemas, fakes and autograd are defined in cin_fast/ops.py; arguments were checked there.
+#include <cuda_runtime.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "operators.h"
+
+// Weak: a torch without CUDA has no such function, and no tensor that could lead here.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void**);
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+void check(cudaError_t error, const char* what) {
+  STD_TORCH_CHECK(error == cudaSuccess, "cin_fast cuda ", what, ": ", cudaGetErrorString(error));
+}
+
+cin_fast::Dtype dtype_of(const Tensor& x) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float:
+      return cin_fast::Dtype::kFloat32;
+    case ScalarType::BFloat16:
+      return cin_fast::Dtype::kBfloat16;
+    case ScalarType::Half:
+      return cin_fast::Dtype::kFloat16;
+    default:
+      STD_TORCH_CHECK(false, "cin_fast cuda: x: expected float32, bfloat16 or float16");
+  }
+}
+
+// What torch.get_float32_matmul_precision() says, through an operator that Python defines.
+cin_fast::Float32Products float32_products() {
+  StableIValue result = 0;
+  TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("cin_fast::float32_products", "", &result, TORCH_ABI_VERSION));
+  return torch::stable::detail::to<int64_t>(result) == 0 ? cin_fast::Float32Products::kIeee
+                                                         : cin_fast::Float32Products::kTf32;
+}
+
+// The device and stream that x says, for one call, and the workspaces of that call. torch gives
+// their memory to later work of the same stream alone.
+class Call {
+ public:
+  explicit Call(const Tensor& x) : guard_(x.get_device_index()), device_(x.device()) {
+    STD_TORCH_CHECK(x.is_cuda(), "cin_fast cuda: x: expected a CUDA tensor");
+    STD_TORCH_CHECK(x.dim() == 3, "cin_fast cuda: x: expected (B, C, L)");
+    context.owner = this;
+    context.allocate = [](void* owner, size_t bytes) {
+      return static_cast<Call*>(owner)->allocate(bytes);
+    };
+    const int index = x.get_device_index();
+    void* stream = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &stream));
+    context.stream = static_cast<cudaStream_t>(stream);
+    context.shared_limit = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, index);
+    context.capability = attribute(cudaDevAttrComputeCapabilityMajor, index) * 10 +
+                         attribute(cudaDevAttrComputeCapabilityMinor, index);
+    STD_TORCH_CHECK(context.capability >= 80,
+                    "cin_fast cuda: it needs compute capability 8.0, found ",
+                    context.capability / 10, ".", context.capability % 10);
+    context.float32_products = x.scalar_type() == ScalarType::Float
+                                   ? float32_products()
+                                   : cin_fast::Float32Products::kIeee;
+  }
+
+  Call(const Call&) = delete;
+  Call& operator=(const Call&) = delete;
+
+  Tensor empty(const std::vector<int64_t>& shape, ScalarType dtype) const {
+    return torch::stable::empty(shape, dtype, std::nullopt, device_);
+  }
+
+  cin_fast::Context context;
+
+ private:
+  static int attribute(cudaDeviceAttr which, int device) {
+    int value = 0;
+    check(cudaDeviceGetAttribute(&value, which, device), "cudaDeviceGetAttribute");
+    return value;
+  }
+
+  void* allocate(size_t bytes) {
+    workspaces_.push_back(empty({static_cast<int64_t>(bytes)}, ScalarType::Byte));
+    return workspaces_.back().mutable_data_ptr();
+  }
+
+  torch::stable::accelerator::DeviceGuard guard_;
+  torch::stable::Device device_;
+  std::vector<Tensor> workspaces_;
+};
+
+cin_fast::View view(const Tensor& t) {
+  return {t.const_data_ptr(), {t.stride(0), t.stride(1), t.stride(2)}};
+}
+
+cin_fast::View view(const std::optional<Tensor>& t) {
+  return t ? view(*t) : cin_fast::View{nullptr, {0, 0, 0}};
+}
+
+std::vector<int64_t> shape_of(const Tensor& t) { return {t.size(0), t.size(1), t.size(2)}; }
+
+const Tensor& values(const Tensor& x, const std::optional<Tensor>& v) { return v ? *v : x; }
+
+cin_fast::Shape shape(const Tensor& x, const std::optional<Tensor>& v) {
+  STD_TORCH_CHECK(x.numel() / std::max<int64_t>(1, x.size(0)) < INT32_MAX,
+                  "cin_fast cuda: x: an image of more than 2^31 elements");
+  return {static_cast<int>(x.size(0)), static_cast<int>(x.size(1)), static_cast<int>(x.size(2)),
+          static_cast<int>(values(x, v).size(2))};
+}
+
+template <class T>
+T* data(const Tensor& t) {
+  return static_cast<T*>(t.mutable_data_ptr());
+}
+
+template <class T>
+const T* const_data(const Tensor& t) {
+  return static_cast<const T*>(t.const_data_ptr());
+}
+
+struct Results {
+  Tensor y, row_max, row_sum;
+
+  Results(const Call& call, const Tensor& x, const std::optional<Tensor>& v)
+      : y(call.empty(shape_of(values(x, v)), x.scalar_type())),
+        row_max(call.empty({x.size(0), x.size(1)}, ScalarType::Float)),
+        row_sum(call.empty({x.size(0), x.size(1)}, ScalarType::Float)) {}
+};
+
+std::tuple<Tensor, Tensor, Tensor> sci(const Tensor& x, const std::optional<Tensor>& v,
+                                       double scale) {
+  Call call(x);
+  Results r(call, x, v);
+  check(cin_fast::sci_forward(
+            call.context, dtype_of(x), shape(x, v), static_cast<float>(scale),
+            {view(x), view(v), data<void>(r.y), data<float>(r.row_max), data<float>(r.row_sum)}),
+        "sci");
+  return {r.y, r.row_max, r.row_sum};
+}
+
+std::tuple<Tensor, Tensor> sci_backward(const Tensor& dy, const Tensor& x,
+                                        const std::optional<Tensor>& v, const Tensor&,
+                                        const Tensor& row_max, const Tensor& row_sum,
+                                        double scale) {
+  Call call(x);
+  Tensor dx = call.empty(shape_of(x), x.scalar_type());
+  Tensor dv = call.empty(v ? shape_of(*v) : std::vector<int64_t>{0}, x.scalar_type());
+  check(cin_fast::sci_backward(
+            call.context, dtype_of(x), shape(x, v), static_cast<float>(scale),
+            {view(dy), view(x), view(v), const_data<float>(row_max), const_data<float>(row_sum),
+             data<void>(dx), v ? data<void>(dv) : nullptr}),
+        "sci_backward");
+  return {dx, dv};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> cci(const Tensor& x, const Tensor& partner,
+                                               const Tensor& eta, const std::optional<Tensor>& v,
+                                               double scale) {
+  Call call(x);
+  Results r(call, x, v);
+  Tensor b = call.empty(shape_of(values(x, v)), x.scalar_type());
+  const Tensor partners = torch::stable::contiguous(partner);
+  const Tensor etas = torch::stable::contiguous(eta);
+  check(cin_fast::cci_forward(
+            call.context, dtype_of(x), shape(x, v), static_cast<float>(scale),
+            {view(x), view(v), const_data<int64_t>(partners), const_data<float>(etas),
+             data<void>(r.y), data<void>(b), data<float>(r.row_max), data<float>(r.row_sum)}),
+        "cci");
+  return {r.y, b, r.row_max, r.row_sum};
+}
+
+std::tuple<Tensor, Tensor, Tensor> cci_backward(const Tensor& dy, const Tensor& x,
+                                                const Tensor& partner, const Tensor& eta,
+                                                const std::optional<Tensor>& v, const Tensor&,
+                                                const Tensor&, const Tensor& row_max,
+                                                const Tensor& row_sum, double scale) {
+  Call call(x);
+  Tensor dx = call.empty(shape_of(x), x.scalar_type());
+  Tensor deta = call.empty({x.size(0)}, ScalarType::Float);
+  Tensor dv = call.empty(v ? shape_of(*v) : std::vector<int64_t>{0}, x.scalar_type());
+  const Tensor partners = torch::stable::contiguous(partner);
+  const Tensor etas = torch::stable::contiguous(eta);
+  check(cin_fast::cci_backward(
+            call.context, dtype_of(x), shape(x, v), static_cast<float>(scale),
+            {view(dy), view(x), view(v), const_data<int64_t>(partners), const_data<float>(etas),
+             const_data<float>(row_max), const_data<float>(row_sum), data<void>(dx),
+             v ? data<void>(dv) : nullptr, data<float>(deta)}),
+        "cci_backward");
+  return {dx, deta, dv};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(cin_fast, CUDA, m) {
+  m.impl("cuda_sci", TORCH_BOX(&sci));
+  m.impl("cuda_sci_backward", TORCH_BOX(&sci_backward));
+  m.impl("cuda_cci", TORCH_BOX(&cci));
+  m.impl("cuda_cci_backward", TORCH_BOX(&cci_backward));
+}

@@ -1,0 +1,167 @@
+"""What nvcc made of the CUDA kernels: no spills, within the chips' limits, on the tensor cores.
+
+Reads the build that ``python setup.py build_ext --inplace`` left; needs no GPU.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+CHIPS = ("sm_80", "sm_90a")
+REGISTERS_OF_A_MULTIPROCESSOR = 65536
+COPIES_WITHOUT_WAITING = "LDGSTS"
+# How each kind of product shows in machine code.
+PRODUCTS = {"HalfProducts": "HMMA.16816", "Tf32Products": "HMMA.1688", "IeeeProducts": "FFMA"}
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One kernel for one chip, as ptxas reports it."""
+
+    name: str
+    chip: str
+    registers: int
+    stack: int
+    spills: int
+
+
+@pytest.fixture(scope="module")
+def library(repository: Path) -> Path:
+    record = repository / "cin_fast" / "_build.json"
+    if not record.exists():
+        pytest.skip("nothing is built here (python setup.py build_ext --inplace)")
+    built = json.loads(record.read_text())
+    if not built.get("cuda"):
+        pytest.skip(f"the CUDA kernels are not built: {built['reasons'].get('cuda', 'old build')}")
+    return repository / "cin_fast" / "_C.abi3.so"
+
+
+@pytest.fixture(scope="module")
+def kernels(library: Path, repository: Path) -> list[Kernel]:
+    """ptxas's report lies beside each object."""
+    logs = sorted(repository.glob("build/temp*/csrc/cuda/*.log"), key=lambda p: p.stat().st_mtime)
+    newest = {log.name: log for log in logs}
+    found = [kernel for log in newest.values() for kernel in parse(log.read_text())]
+    chips = {kernel.chip for kernel in found}
+    if not chips:
+        pytest.skip("the build's reports are gone (rm -r build and build again)")
+    if chips != set(CHIPS):
+        pytest.skip(f"built for {', '.join(sorted(chips))} (TORCH_CUDA_ARCH_LIST)")
+    return found
+
+
+def parse(report: str) -> list[Kernel]:
+    pattern = re.compile(
+        r"Compiling entry function '(?P<name>\w+)' for '(?P<chip>\w+)'.*?"
+        r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, "
+        r"(?P<loads>\d+) bytes spill loads.*?Used (?P<registers>\d+) registers",
+        re.DOTALL,
+    )
+    return [
+        Kernel(
+            m["name"],
+            m["chip"],
+            int(m["registers"]),
+            int(m["stack"]),
+            int(m["stores"]) + int(m["loads"]),
+        )
+        for m in pattern.finditer(report)
+    ]
+
+
+def test_every_kernel_is_compiled_for_every_chip(kernels: list[Kernel]) -> None:
+    stems = {f"{op}_{what}" for op in ("sci", "cci") for what in ("forward", "backward", "terms")}
+    for chip in CHIPS:
+        names = " ".join(kernel.name for kernel in kernels if kernel.chip == chip)
+        for stem in stems:
+            for products in PRODUCTS:
+                assert re.search(rf"{stem}_kernel\w*{products}", names), (stem, products, chip)
+
+
+def test_nothing_spills(kernels: list[Kernel]) -> None:
+    spilling = [kernel for kernel in kernels if kernel.spills or kernel.stack]
+    assert not spilling
+
+
+def test_registers_suffice_for_a_block(kernels: list[Kernel]) -> None:
+    for kernel in kernels:
+        threads = 256 if "cci_" in kernel.name or "repack" in kernel.name else 128
+        assert kernel.registers * threads <= REGISTERS_OF_A_MULTIPROCESSOR, kernel
+        assert kernel.registers <= 255, kernel
+
+
+@cache
+def machine_code(library: Path) -> dict[tuple[str, str], str]:
+    """(kernel, chip) -> its instructions."""
+    tool = cuobjdump()
+    if not tool:
+        pytest.skip("no cuobjdump: neither on PATH nor in the triton package")
+    text = subprocess.run(
+        [tool, "-sass", str(library)], capture_output=True, text=True, check=True
+    ).stdout
+    code = {}
+    for part in text.split("arch = ")[1:]:
+        chip = part.split(maxsplit=1)[0]
+        for function in part.split("Function : ")[1:]:
+            name, body = function.split("\n", 1)
+            code[name.strip(), chip] = body
+    return code
+
+
+def cuobjdump() -> str | None:
+    triton = find_spec("triton")
+    bundled = (
+        Path(triton.origin).parent / "backends/nvidia/bin/cuobjdump"
+        if triton and triton.origin
+        else None
+    )
+    return shutil.which("cuobjdump") or (
+        str(bundled) if bundled is not None and bundled.exists() else None
+    )
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("products", PRODUCTS)
+def test_products_use_the_units_they_mean(library: Path, products: str, chip: str) -> None:
+    """Every product on its unit; IEEE products never on the tensor cores."""
+    code = {name: body for (name, on), body in machine_code(library).items() if on == chip}
+    meant = {name: body for name, body in code.items() if products in name}
+    assert len(meant) >= 10
+    for name, body in meant.items():
+        assert PRODUCTS[products] in body, name
+        assert COPIES_WITHOUT_WAITING in body, name
+        assert ("HMMA" in body) == (products != "IeeeProducts"), name
+
+
+def test_the_binary_names_no_unstable_symbol(library: Path) -> None:
+    """Only C functions of torch's stable ABI: any torch from 2.11 on can load it."""
+    if not shutil.which("nm"):
+        pytest.skip("no nm (apt-get install binutils)")
+    symbols = subprocess.run(
+        ["nm", "-D", "--undefined-only", str(library)], capture_output=True, text=True, check=True
+    ).stdout
+    unstable = [
+        line for line in symbols.splitlines() if re.search(r"_ZN\w*(2at|3c10|5torch)", line)
+    ]
+    assert not unstable
+    assert "PyInit" not in symbols
+    assert not re.search(r"\bPy[A-Z_]", symbols)
+
+
+def test_the_operators_register_without_a_gpu(library: Path) -> None:
+    import torch
+
+    from cin_fast import ops  # noqa: F401  (defines the schemas)
+
+    torch.ops.load_library(str(library))
+    for stem in ("sci", "sci_backward", "cci", "cci_backward"):
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"cin_fast::cuda_{stem}", "CUDA")
