@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import os
+import platform
 import random
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
+import emulation
 import numpy as np
 import pytest
 import torch
@@ -67,3 +71,20 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 shade[label] = 255 - 9 * number
                 Image.new("RGB", (40, 36), tuple(shade)).save(folder / f"{number}.png")
     return root
+
+
+@pytest.fixture(scope="session")
+def emulation_library(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The CUDA kernels compiled for the CPU."""
+    if platform.machine() != "x86_64" or not shutil.which("g++"):
+        pytest.skip("the emulation of CUDA needs g++ and an x86-64 processor")
+    return emulation.build(repository / "csrc", tmp_path_factory.mktemp("emulation"))
+
+
+@pytest.fixture
+def emulator(
+    emulation_library: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[emulation.Emulator]:
+    """The emulated kernels as the ``cuda`` backend of CPU tensors."""
+    with emulation.registered(emulation_library, monkeypatch) as emulator:
+        yield emulator

@@ -6,15 +6,19 @@ unchanged. A race, a missing wait or an access out of bounds raises with the ker
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import pytest
 import torch
 from torch import Tensor
+
+from cin_fast import dispatch
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _GUARD = 4096
@@ -38,8 +42,11 @@ class _Call(ctypes.Structure):
     )
 
 
-def build(csrc: Path, folder: Path) -> Path:
-    """Compile the kernels and the emulation; returns the shared library."""
+def build(csrc: Path, folder: Path, only: str = "") -> Path:
+    """Compile the kernels and the emulation; returns the shared library.
+
+    ``only`` names one file of kernels to compile, where the folder holds the other objects.
+    """
     # Kernels alone are instrumented: each plain load and store then calls the emulation.
     sources = {
         **{path: ["-x", "c++", "-O1", "-fsanitize=thread"] for path in csrc.glob("cuda/*.cu")},
@@ -53,9 +60,12 @@ def build(csrc: Path, folder: Path) -> Path:
         _run(["g++", *_FLAGS, *sources[source], "-c", str(source), "-o", str(objects[source])])
 
     with ThreadPoolExecutor(max_workers=int(os.environ.get("MAX_JOBS", "2"))) as pool:
-        list(pool.map(compile_one, sources))
+        list(pool.map(compile_one, [s for s in sources if not only or s.name == only]))
     library = folder / "libemulation.so"
-    _run(["g++", "-shared", *map(str, objects.values()), "-o", str(library), "-ldl"])
+    # Of a template that several files instantiate, the linker keeps the first one's.
+    first_to_last = sorted(objects, key=lambda source: source.name != only)
+    linked = [str(objects[source]) for source in first_to_last]
+    _run(["g++", "-shared", *linked, "-o", str(library), "-ldl"])
     return library
 
 
@@ -63,6 +73,19 @@ def _run(command: Sequence[str]) -> None:
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
         raise RuntimeError(f"{' '.join(command)}\n{result.stderr[-4000:]}")
+
+
+@contextlib.contextmanager
+def registered(library: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Emulator]:
+    """The kernels of a built library as the ``cuda`` backend of CPU tensors."""
+    monkeypatch.setitem(dispatch._DEVICE_OF, "cuda", "cpu")
+    monkeypatch.setattr(dispatch, "unavailable", lambda backend: "")
+    emulator = Emulator(library)
+    registration = emulator.register()
+    try:
+        yield emulator
+    finally:
+        registration._destroy()
 
 
 class Emulator:

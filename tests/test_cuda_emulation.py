@@ -6,18 +6,13 @@ hardware's own order of summation, and anything about speed.
 
 from __future__ import annotations
 
-import platform
-import shutil
-from collections.abc import Iterator
-from pathlib import Path
-
 import pytest
 import torch
-from emulation import Emulator, build
+from emulation import Emulator
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cin_fast import dispatch, ops
+from cin_fast import ops
 from cin_fast.testing import (
     INPUT_KINDS,
     KERNEL_DTYPES,
@@ -31,24 +26,6 @@ from cin_fast.testing import (
 
 # Unit sizes, tails on both sides of a block, two panels, ResNet's 14 x 14, an empty batch.
 SHAPES = ((1, 1, 1), (3, 30, 1), (1, 1, 7), (2, 17, 5), (2, 65, 33), (1, 100, 196), (0, 8, 9))
-
-
-@pytest.fixture(scope="session")
-def library(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    if platform.machine() != "x86_64" or not shutil.which("g++"):
-        pytest.skip("the emulation needs g++ and an x86-64 processor")
-    return build(repository / "csrc", tmp_path_factory.mktemp("emulation"))
-
-
-@pytest.fixture
-def emulator(library: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Emulator]:
-    """The emulated kernels as the ``cuda`` backend of CPU tensors."""
-    monkeypatch.setitem(dispatch._DEVICE_OF, "cuda", "cpu")
-    monkeypatch.setattr(dispatch, "unavailable", lambda backend: "")
-    emulator = Emulator(library)
-    registration = emulator.register()
-    yield emulator
-    registration._destroy()
 
 
 def inputs(
