@@ -6,7 +6,7 @@ import contextlib
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import pytest
 import torch
@@ -19,6 +19,7 @@ from cin_fast.testing import (
     INPUT_KINDS,
     KERNEL_DTYPES,
     SHAPES,
+    assert_exact_as_torch,
     check_cci,
     check_sci,
     evaluate_cci,
@@ -69,38 +70,50 @@ def draws(shape: tuple[int, ...], k: int | None, kind: str, dtype: torch.dtype) 
     return x, v, dy, *make_pairs(shape[0])
 
 
+def check_both(cases: Iterable[tuple], scale: float = -1.0) -> None:
+    """The rule for both operators; that of d eta, one number an image, over all cases together."""
+    detas = []
+    for x, v, dy, partner, eta in cases:
+        with poisoned_memory():
+            check_sci("cpu", x, v, dy, scale)
+            actual = evaluate_cci(x, partner, eta, v, dy, scale, backend="cpu").results
+        plain = evaluate_cci(x, partner, eta, v, dy, scale, backend="torch").results
+        x, v, dy, eta = (None if t is None else t.double() for t in (x, v, dy, eta))
+        exact = evaluate_cci(x, partner, eta, v, dy, scale, backend="torch").results
+        detas.append([results.pop("deta") for results in (actual, plain, exact)])
+        for name, found in actual.items():
+            assert_exact_as_torch(f"cci {name}", found, plain[name], exact[name])
+    assert_exact_as_torch("cci deta", *(torch.cat(parts) for parts in zip(*detas, strict=True)))
+
+
 @pytest.mark.parametrize("kind", INPUT_KINDS)
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
 @pytest.mark.parametrize("k", [None, 1, 9])
 def test_the_rule(isa: str, kind: str, dtype: torch.dtype, k: int | None) -> None:
-    for shape in SHAPES:
-        x, v, dy, partner, eta = draws(shape, k, kind, dtype)
-        with poisoned_memory():
-            check_sci("cpu", x, v, dy)
-            check_cci("cpu", x, partner, eta, v, dy)
+    check_both(draws(shape, k, kind, dtype) for shape in SHAPES)
 
 
 @pytest.mark.parametrize("scale", [1.0, -0.3])
-def test_the_rule_for_other_scales(isa: str, scale: float) -> None:
-    for shape, k in (((3, 64, 49), None), ((2, 65, 33), 9)):
-        x, v, dy, partner, eta = draws(shape, k, "relu", torch.float32)
-        check_sci("cpu", x, v, dy, scale)
-        check_cci("cpu", x, partner, eta, v, dy, scale)
+@pytest.mark.parametrize("k", [None, 9])
+def test_the_rule_for_other_scales(isa: str, scale: float, k: int | None) -> None:
+    shapes = ((3, 64, 49), (2, 200, 33))
+    check_both((draws(shape, k, "relu", torch.float32) for shape in shapes), scale)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", INPUT_KINDS)
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
 @pytest.mark.parametrize("k", [None, 9])
-def test_the_rule_at_the_papers_size(kind: str, dtype: torch.dtype, k: int | None) -> None:
-    shape = (2, 2048, 196)
-    x = make_input(kind, shape, dtype)
-    v = None if k is None else make_input("randn", (*shape[:2], k), dtype, seed=2)
-    dy = make_input("randn", (x if v is None else v).shape, dtype, seed=1)
-    check_sci("cpu", x, v, dy)
+def test_the_rule_at_the_papers_size(dtype: torch.dtype, k: int | None) -> None:
     # The gradient of |M| jumps where M = 0, and of 8 million entries some are nearer to it than
     # float32 can tell. With these eta, none is.
-    check_cci("cpu", x, torch.tensor([1, 0]), torch.tensor([-0.5, -0.2]), v, dy)
+    eta = torch.tensor([-0.5, -0.2])
+    cases = []
+    for kind in INPUT_KINDS:
+        x = make_input(kind, (2, 2048, 196), dtype)
+        v = None if k is None else make_input("randn", (2, 2048, k), dtype, seed=2)
+        dy = make_input("randn", (x if v is None else v).shape, dtype, seed=1)
+        cases.append((x, v, dy, torch.tensor([1, 0]), eta))
+    check_both(cases)
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)

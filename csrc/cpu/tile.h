@@ -66,19 +66,7 @@ inline void micro_kernel(const float* a, int64_t lda, const float* b, int64_t de
       __builtin_prefetch(c + r * ldc + n * kWidth, 1);
     }
   }
-  // Without fused multiply-add every product rounds, too: short sums make up for it.
-  [[maybe_unused]] Vec total[R][N] = {};
   for (int64_t k = 0; k < depth; k++) {
-    if constexpr (kChain < kAll) {
-      if (k > 0 && k % kChain == 0) {
-        for (int r = 0; r < R; r++) {
-          for (int n = 0; n < N; n++) {
-            total[r][n] = total[r][n] + acc[r][n];
-            acc[r][n] = splat(0);
-          }
-        }
-      }
-    }
     Vec right[N];
 #pragma GCC unroll 4
     for (int n = 0; n < N; n++) right[n] = load(b + (k * N + n) * kWidth);
@@ -94,7 +82,6 @@ inline void micro_kernel(const float* a, int64_t lda, const float* b, int64_t de
 #pragma GCC unroll 4
     for (int n = 0; n < N; n++) {
       float* to = c + r * ldc + n * kWidth;
-      if constexpr (kChain < kAll) acc[r][n] = total[r][n] + acc[r][n];
       store(to, add ? load(to) + acc[r][n] : acc[r][n]);
     }
   }

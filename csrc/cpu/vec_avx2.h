@@ -13,7 +13,6 @@ constexpr int64_t kWidth = 8;
 // A register tile: kRows rows by up to kVecs vectors, 12 of the 16 registers.
 constexpr int kRows = 4;
 constexpr int kVecs = 3;
-constexpr int64_t kAll = INT64_MAX, kChain = kAll;
 
 inline Vec load(const float* p) { return _mm256_loadu_ps(p); }
 inline void store(float* p, Vec v) { _mm256_storeu_ps(p, v); }

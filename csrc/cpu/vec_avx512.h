@@ -13,7 +13,6 @@ constexpr int64_t kWidth = 16;
 // A register tile: kRows rows by up to kVecs vectors, 24 of the 32 registers.
 constexpr int kRows = 8;
 constexpr int kVecs = 3;
-constexpr int64_t kAll = INT64_MAX, kChain = kAll;
 
 inline Vec load(const float* p) { return _mm512_loadu_ps(p); }
 inline void store(float* p, Vec v) { _mm512_storeu_ps(p, v); }

@@ -2,7 +2,10 @@
 
 #pragma once
 
-#include <cmath>
+#if defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
 #include <cstdint>
 #include <cstring>
 
@@ -13,8 +16,6 @@ typedef int32_t Mask __attribute__((vector_size(16)));
 constexpr int64_t kWidth = 4;
 constexpr int kRows = 4;
 constexpr int kVecs = 3;
-// Products of a sum that are added up before they join it.
-constexpr int64_t kAll = INT64_MAX, kChain = 16;
 
 inline Vec load(const float* p) {
   Vec v;
@@ -23,7 +24,17 @@ inline Vec load(const float* p) {
 }
 inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
 inline Vec splat(float x) { return Vec{x, x, x, x}; }
-inline Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
+// One rounding: where no instruction does it, by way of double. That is slow, and as exact as the
+// others.
+inline Vec fma(Vec a, Vec b, Vec c) {
+#if defined(__aarch64__)
+  return (Vec)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#else
+  typedef double Wide __attribute__((vector_size(32)));
+  Wide wide_a = __builtin_convertvector(a, Wide), wide_b = __builtin_convertvector(b, Wide);
+  return __builtin_convertvector(wide_a * wide_b + __builtin_convertvector(c, Wide), Vec);
+#endif
+}
 inline Vec select(Mask m, Vec a, Vec b) { return (Vec)((m & (Mask)a) | (~m & (Mask)b)); }
 // NaN in a is dropped, NaN in b stays.
 inline Vec max(Vec a, Vec b) { return select(a > b, a, b); }
