@@ -94,12 +94,16 @@ class Emulator:
     def __init__(self, library: Path) -> None:
         self._library = ctypes.CDLL(str(library))
         self._library.emulation_error.restype = ctypes.c_char_p
+        self._library.emulation_launched.restype = ctypes.c_char_p
         self._library.emulation_conflicts.restype = ctypes.c_long
         # How warps and blocks take turns: 0 forward, 1 backward, from 2 on a seed.
         self.order = 0
         self.capability = AMPERE
         self.float32_products = "highest"
+        self.shared_limit = _SHARED_LIMIT[AMPERE]
+        # Of the last call: cycles lost to bank conflicts, and the kernels that ran.
         self.conflicts = 0
+        self.launched: list[str] = []
 
     def register(self) -> torch.library.Library:
         """The operators stay registered for as long as the result lives."""
@@ -179,10 +183,10 @@ class _Arguments:
             positions if v is None else v.shape[2],
             scale,
             int(emulator.float32_products != "highest"),
-            _SHARED_LIMIT[emulator.capability],
+            emulator.shared_limit,
             emulator.capability,
         )
-        self._library.emulation_reset(emulator.order, _SHARED_LIMIT[emulator.capability])
+        self._library.emulation_reset(emulator.order, emulator.shared_limit)
         self._storage: list[Tensor] = []
 
     def output(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -201,6 +205,7 @@ class _Arguments:
         code = getattr(self._library, name)(ctypes.byref(self._call), *pointers)
         error = self._library.emulation_error().decode()
         self._emulator.conflicts = self._library.emulation_conflicts()
+        self._emulator.launched = self._library.emulation_launched().decode().split()
         if code or error:
             raise EmulationError(error or f"{name} returned {code}")
 

@@ -45,6 +45,22 @@ def test_sci(emulator: Emulator, kind: str, dtype: torch.dtype, columns: int | N
         check_sci("cuda", x, v, dy)
 
 
+@pytest.mark.parametrize("columns", [None, 9])
+def test_sci_where_operands_do_not_fit(emulator: Emulator, columns: int | None) -> None:
+    """On a chip with little shared memory, panels stream through it."""
+    emulator.shared_limit = 72 * 1024
+    x, v, dy = inputs("diffuse", (1, 100, 196), columns, torch.bfloat16)
+    check_sci("cuda", x, v, dy)
+    assert "sci_resident_backward" not in emulator.launched
+    assert "sci_backward" in emulator.launched
+
+
+def test_sci_where_operands_fit(emulator: Emulator) -> None:
+    x, _, dy = inputs("diffuse", (1, 70, 208), None, torch.bfloat16)
+    check_sci("cuda", x, None, dy)
+    assert "sci_resident_backward" in emulator.launched
+
+
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES)
 def test_sci_in_chunks(emulator: Emulator, dtype: torch.dtype) -> None:
     """More positions than a panel, more columns than a block accumulates."""
@@ -162,6 +178,9 @@ def test_any_order_of_warps_gives_the_same_bits(emulator: Emulator, order: int) 
         assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_no_bank_conflicts(emulator: Emulator) -> None:
-    ops.sci(make_input("randn", (1, 64, 208), torch.bfloat16), backend="cuda")
+@pytest.mark.parametrize("positions", [49, 196, 230])
+@pytest.mark.parametrize("columns", [None, 9])
+def test_no_bank_conflicts(emulator: Emulator, positions: int, columns: int | None) -> None:
+    x, v, dy = inputs("diffuse", (1, 64, positions), columns, torch.bfloat16)
+    check_sci("cuda", x, v, dy)
     assert emulator.conflicts == 0

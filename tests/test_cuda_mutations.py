@@ -27,6 +27,8 @@ class Mutation:
     new: str
     symptom: str
     kernels: str = "sci.cu"
+    # So little shared memory that operands stream, or enough for them to stay.
+    shared_limit: int = 72 * 1024
 
 
 WAIT = "ptx::cp_async_wait<1>();"
@@ -63,7 +65,7 @@ MUTATIONS = (
         "race",
     ),
     Mutation(
-        "mirror image unmasked", "sci.cu", "p_mirrored * (dp_mirrored", "p * (dp_mirrored", "error"
+        "mirror image unmasked", "sci.cuh", "p_mirrored * (dp_mirrored", "p * (dp_mirrored", "error"
     ),
     Mutation(
         "exchange overwritten",
@@ -72,6 +74,7 @@ MUTATIONS = (
         "",
         "race",
         "cci.cu",
+        166912,
     ),
     Mutation(
         "barrier in one group",
@@ -80,6 +83,34 @@ MUTATIONS = (
         "exchange.give(weights);\n    if (group_id() == 0) __syncthreads();",
         "divergence|never written",
         "cci.cu",
+        shared_limit=166912,
+    ),
+    Mutation(
+        "next tile awaited too early",
+        "sci_resident.cu",
+        "  __syncthreads();\n}",
+        "}",
+        "race",
+        "sci_resident.cu",
+        166912,
+    ),
+    Mutation(
+        "tile overwritten",
+        "sci_resident.cu",
+        "// The next tiles but one land where these lie.\n    __syncthreads();",
+        "",
+        "race",
+        "sci_resident.cu",
+        166912,
+    ),
+    Mutation(
+        "stages confused",
+        "sci_resident.cu",
+        "tiles + column / kWidth % 2",
+        "tiles + (column / kWidth + 1) / 2 % 2",
+        "in flight|race|error",
+        "sci_resident.cu",
+        166912,
     ),
 )
 
@@ -109,14 +140,15 @@ def test_mutation_is_seen(
         registered(library, monkeypatch) as emulator,
         pytest.raises((EmulationError, AssertionError), match=mutation.symptom),
     ):
-        run(emulator, mutation.kernels, x, dy)
+        run(emulator, mutation, x, dy)
 
 
-def run(emulator: Emulator, kernels: str, x: Tensor, dy: Tensor) -> None:
-    if kernels == "sci.cu":
-        check_sci("cuda", x, None, dy)
-    else:
+def run(emulator: Emulator, mutation: Mutation, x: Tensor, dy: Tensor) -> None:
+    emulator.shared_limit = mutation.shared_limit
+    if mutation.kernels == "cci.cu":
         check_cci("cuda", x, *make_pairs(len(x)), None, dy)
+    else:
+        check_sci("cuda", x, None, dy)
     assert emulator.conflicts == 0, f"{emulator.conflicts} bank conflicts"
 
 

@@ -4,19 +4,13 @@
 // part of x x^T leaves the chip. Per element of a tile, forward: 2 L operations for x x^T, 1
 // exponential, 2 K operations for the result. Backward, in one pass: 2 L for x x^T, 4 K for
 // dY v^T and its mirror image, 2 exponentials, 2 L for dx, 2 K for dv.
-#include "host.cuh"
+#include "sci.cuh"
 
 namespace cin_fast {
+namespace sci {
 namespace {
 
-template <class T>
-struct ForwardParameters {
-  Batch<T> x, v;
-  T* y;
-  float *row_max, *row_sum;
-  int columns;
-  float factor;
-};
+constexpr int kTermsWidth = 32, kBackwardWidth = 32;
 
 template <class Products, int kColumns>
 struct ForwardTiles {
@@ -69,19 +63,6 @@ cudaError_t launch_forward(const Context& context, const Shape& shape,
                 ForwardTiles<Products, kColumns>::kSharedBytes, parameters, row_blocks);
 }
 
-template <class T>
-struct TermsParameters {
-  Batch<T> dy, x, v;
-  const float *row_max, *row_sum;
-  RowTerms* terms;
-  float factor;
-};
-
-constexpr int kTermsWidth = 32;
-
-// What softmax_gradient takes off dP, delta_i = sum over j of P_ij dP_ij, for 64 rows. It equals
-// dY_i . Y_i, but from a rounded Y that is too coarse: where one weight is nearly 1, dP - delta is
-// a small difference of large numbers, and both have to come from the same product.
 template <class Products>
 __global__ void __launch_bounds__(kGroupThreads)
     sci_terms_kernel(TermsParameters<typename Products::Element> p, int row_blocks) {
@@ -93,47 +74,15 @@ __global__ void __launch_bounds__(kGroupThreads)
   SharedMemory shared;
   Stream<Products, kWidth> stream(shared);
 
-  // Divided by the row's sum at the end, exactly as the weights are in effect.
-  float peak[2], sum[2];
-  typename Products::Wide delta[2] = {};
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int r = row + lane_row() + half * 8;
-    peak[half] = r < x.rows ? p.row_max[image * x.rows + r] : 0.f;
-    sum[half] = r < x.rows ? p.row_sum[image * x.rows + r] : 1.f;
-  }
+  RowSums<Products> sums(p, image, row, x.rows);
   for (int column = 0; column < x.rows; column += kWidth) {
     float s[kWidth / 8][4] = {}, dp[kWidth / 8][4] = {};
     stream.product(s, x, row, x, column);
     stream.product(dp, dy, row, v, column);
-#pragma unroll
-    for (int n = 0; n < kWidth / 8; ++n) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        if (column + n * 8 + lane_column() + e % 2 < x.rows)
-          delta[e / 2] += Products::exponential((s[n][e] - peak[e / 2]) * p.factor) * dp[n][e];
-      }
-    }
+    sums.add(s, dp, x.rows - column);
   }
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const auto total = quad_sum(delta[half]) / sum[half];
-    const int r = row + lane_row() + half * 8;
-    if (r < x.rows && lane_id() % 4 == 0)
-      p.terms[image * x.rows + r] = row_terms(peak[half], Products::divisor(sum[half]), total);
-  }
+  sums.store(p, image, row, x.rows);
 }
-
-template <class T>
-struct BackwardParameters {
-  Batch<T> dy, x, v;
-  const RowTerms* terms;
-  T *dx, *dv;
-  int positions, columns;
-  float scale, factor;
-};
-
-constexpr int kBackwardWidth = 32;
 
 template <class Products, Values kValues>
 struct BackwardTiles {
@@ -148,32 +97,6 @@ struct BackwardTiles {
       shared_bytes({2 * Stream<Products, kBackwardWidth>::kStage * sizeof(T), kTile * sizeof(T),
                     kSecond * sizeof(T)});
 };
-
-// P_ji and scale (dS_ij + dS_ji) of a tile, from x x^T, dY v^T and its mirror image; both stay in
-// the arrays of the first two.
-template <class Products, int N>
-__device__ void softmax_gradient(float (&s)[N][4], float (&dp)[N][4],
-                                 const float (&dp_mirrored)[N][4], const RowTerms (&rows)[2],
-                                 const RowTerms* terms, int column, int channels, float scale,
-                                 float factor) {
-#pragma unroll
-  for (int n = 0; n < N; ++n) {
-#pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      const RowTerms of_column = load_terms(terms, column + n * 8 + lane_column() + e, channels);
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int i = 2 * half + e;
-        const float p = of_column.y > 0.f ? weight<Products>(s[n][i], factor, rows[half]) : 0.f;
-        const float p_mirrored =
-            of_column.y > 0.f ? weight<Products>(s[n][i], factor, of_column) : 0.f;
-        dp[n][i] = scale * (p * (dp[n][i] - rows[half].z - rows[half].w) +
-                            p_mirrored * (dp_mirrored[n][i] - of_column.z - of_column.w));
-        s[n][i] = p_mirrored;
-      }
-    }
-  }
-}
 
 template <class Products, Values kValues>
 __global__ void __launch_bounds__(kGroupThreads)
@@ -252,20 +175,42 @@ cudaError_t launch_backward(const Context& context, const Shape& shape,
 }
 
 template <class Products>
-cudaError_t launch_terms(const Context& context, const Shape& shape, const SciBackward& a,
-                         BackwardParameters<typename Products::Element>& p) {
-  using T = typename Products::Element;
-  const int64_t rows = static_cast<int64_t>(shape.batch) * shape.channels;
-  auto* terms = static_cast<RowTerms*>(context.allocate(context.owner, rows * sizeof(RowTerms)));
-  p.terms = terms;
+cudaError_t launch_terms(const Context& context, const Shape& shape,
+                         const TermsParameters<typename Products::Element>& parameters) {
   const int row_blocks = divide_up(shape.channels, kBlockRows);
   return launch(context, "sci_terms", sci_terms_kernel<Products>, dim3(shape.batch * row_blocks),
-                kGroupThreads, 2 * Stream<Products, kTermsWidth>::kStage * sizeof(T),
-                TermsParameters<T>{p.dy, p.x, p.v, a.row_max, a.row_sum, terms, p.factor},
-                row_blocks);
+                kGroupThreads,
+                2 * Stream<Products, kTermsWidth>::kStage * sizeof(typename Products::Element),
+                parameters, row_blocks);
+}
+
+template <class Products>
+cudaError_t forward(const Context& context, const Shape& shape, bool tied,
+                    const ForwardParameters<typename Products::Element>& p) {
+  if constexpr (sizeof(typename Products::Element) == 2)
+    if (is_resident(context, shape, tied)) return resident_forward(context, shape, tied, p);
+  return p.columns <= kThin ? launch_forward<Products, kThin>(context, shape, p)
+                            : launch_forward<Products, kChunk<Products>>(context, shape, p);
+}
+
+template <class Products>
+cudaError_t backward(const Context& context, const Shape& shape, bool tied,
+                     const TermsParameters<typename Products::Element>& terms,
+                     const BackwardParameters<typename Products::Element>& p) {
+  if constexpr (sizeof(typename Products::Element) == 2) {
+    if (is_resident(context, shape, tied)) {
+      CIN_FAST_RETURN_IF_ERROR(resident_terms(context, shape, tied, terms));
+      return resident_backward(context, shape, tied, p);
+    }
+  }
+  CIN_FAST_RETURN_IF_ERROR(launch_terms<Products>(context, shape, terms));
+  if (tied) return launch_backward<Products, Values::kTied>(context, shape, p);
+  return p.columns <= kThin ? launch_backward<Products, Values::kThin>(context, shape, p)
+                            : launch_backward<Products, Values::kOwn>(context, shape, p);
 }
 
 }  // namespace
+}  // namespace sci
 
 cudaError_t sci_forward(const Context& context, Dtype dtype, const Shape& shape, float scale,
                         const SciForward& a) {
@@ -273,14 +218,16 @@ cudaError_t sci_forward(const Context& context, Dtype dtype, const Shape& shape,
   return with_products(context, dtype, [&](auto products) {
     using Products = decltype(products);
     using T = typename Products::Element;
-    ForwardParameters<T> p{{},        {}, static_cast<T*>(a.y),           a.row_max,
-                           a.row_sum, 0,  softmax_factor<Products>(scale)};
+    sci::ForwardParameters<T> p{};
+    p.y = static_cast<T*>(a.y);
+    p.row_max = a.row_max;
+    p.row_sum = a.row_sum;
+    p.factor = softmax_factor<Products>(scale);
+    p.columns = a.v.data ? shape.columns : shape.positions;
     CIN_FAST_RETURN_IF_ERROR(aligned_batch(context, a.x, shape, shape.positions, &p.x));
     p.v = p.x;
-    p.columns = a.v.data ? shape.columns : shape.positions;
     if (a.v.data) CIN_FAST_RETURN_IF_ERROR(aligned_batch(context, a.v, shape, p.columns, &p.v));
-    return p.columns <= kThin ? launch_forward<Products, kThin>(context, shape, p)
-                              : launch_forward<Products, kChunk<Products>>(context, shape, p);
+    return sci::forward<Products>(context, shape, !a.v.data, p);
   });
 }
 
@@ -290,7 +237,10 @@ cudaError_t sci_backward(const Context& context, Dtype dtype, const Shape& shape
   return with_products(context, dtype, [&](auto products) {
     using Products = decltype(products);
     using T = typename Products::Element;
-    BackwardParameters<T> p{};
+    const size_t rows = static_cast<size_t>(shape.batch) * shape.channels;
+    auto* terms = static_cast<RowTerms*>(context.allocate(context.owner, rows * sizeof(RowTerms)));
+    sci::BackwardParameters<T> p{};
+    p.terms = terms;
     p.dx = static_cast<T*>(a.dx);
     p.dv = static_cast<T*>(a.dv);
     p.positions = shape.positions;
@@ -301,10 +251,8 @@ cudaError_t sci_backward(const Context& context, Dtype dtype, const Shape& shape
     CIN_FAST_RETURN_IF_ERROR(aligned_batch(context, a.dy, shape, p.columns, &p.dy));
     p.v = p.x;
     if (a.v.data) CIN_FAST_RETURN_IF_ERROR(aligned_batch(context, a.v, shape, p.columns, &p.v));
-    CIN_FAST_RETURN_IF_ERROR(launch_terms<Products>(context, shape, a, p));
-    if (!a.v.data) return launch_backward<Products, Values::kTied>(context, shape, p);
-    return p.columns <= kThin ? launch_backward<Products, Values::kThin>(context, shape, p)
-                              : launch_backward<Products, Values::kOwn>(context, shape, p);
+    return sci::backward<Products>(context, shape, !a.v.data,
+                                   {p.dy, p.x, p.v, a.row_max, a.row_sum, terms, p.factor}, p);
   });
 }
 

@@ -4,6 +4,8 @@
 extern "C" {
 // What went wrong since the last reset; empty if nothing.
 const char* emulation_error();
+// The kernels launched since the last reset, with spaces between.
+const char* emulation_launched();
 // Cycles that ldmatrix lost to bank conflicts since the last reset.
 long emulation_conflicts();
 // order: 0 runs warps and blocks forward, 1 backward, from 2 on it is a seed. shared_limit: the

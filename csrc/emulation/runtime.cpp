@@ -121,7 +121,7 @@ struct Machine {
   std::vector<std::unique_ptr<Fiber>> pool;
   std::map<const void*, int> shared_limits;
   std::vector<Buffer> buffers;
-  std::string error;
+  std::string error, launched;
   int code = 0, order = 0, shared_limit = 0;
   size_t conflicts = 0;
 };
@@ -614,6 +614,7 @@ int last_error() {
 void launch(const void* kernel, const char* name, dim3 grid, dim3 block, size_t shared_bytes,
             const std::function<void()>& body) {
   machine.kernel = name;
+  machine.launched += std::string(name) + " ";
   const auto limit = machine.shared_limits.find(kernel);
   const size_t allowed =
       std::max(kPlainSharedBytes, limit == machine.shared_limits.end() ? 0 : limit->second);
@@ -643,10 +644,13 @@ using emulation::machine;
 
 extern "C" const char* emulation_error() { return machine.error.c_str(); }
 
+extern "C" const char* emulation_launched() { return machine.launched.c_str(); }
+
 extern "C" long emulation_conflicts() { return long(machine.conflicts); }
 
 extern "C" void emulation_reset(int order, int shared_limit) {
   machine.error.clear();
+  machine.launched.clear();
   machine.code = 0;
   machine.order = order;
   machine.shared_limit = shared_limit;
