@@ -57,7 +57,7 @@ def build(csrc: Path, folder: Path, only: str = "") -> Path:
     objects = {source: folder / f"{source.name}.o" for source in sources}
 
     def compile_one(source: Path) -> None:
-        _run(["g++", *_FLAGS, *sources[source], "-c", str(source), "-o", str(objects[source])])
+        run(["g++", *_FLAGS, *sources[source], "-c", str(source), "-o", str(objects[source])])
 
     with ThreadPoolExecutor(max_workers=int(os.environ.get("MAX_JOBS", "2"))) as pool:
         list(pool.map(compile_one, [s for s in sources if not only or s.name == only]))
@@ -65,11 +65,21 @@ def build(csrc: Path, folder: Path, only: str = "") -> Path:
     # Of a template that several files instantiate, the linker keeps the first one's.
     first_to_last = sorted(objects, key=lambda source: source.name != only)
     linked = [str(objects[source]) for source in first_to_last]
-    _run(["g++", "-shared", *linked, "-o", str(library), "-ldl"])
+    run(["g++", "-shared", *linked, "-o", str(library), "-ldl"])
     return library
 
 
-def _run(command: Sequence[str]) -> None:
+def build_probe(repository: Path, folder: Path) -> Path:
+    """The probes of the PTX wrappers, over the emulation's wrappers."""
+    runtime = repository / "csrc/emulation/runtime.cpp"
+    probe = repository / "tests/ptx_probe.cu"
+    library, kernels = folder / "libprobe.so", str(folder / "probe.o")
+    run(["g++", *_FLAGS, "-x", "c++", "-O1", "-fsanitize=thread", "-c", str(probe), "-o", kernels])
+    run(["g++", *_FLAGS, "-shared", str(runtime), kernels, "-o", str(library), "-ldl"])
+    return library
+
+
+def run(command: Sequence[str]) -> None:
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
         raise RuntimeError(f"{' '.join(command)}\n{result.stderr[-4000:]}")

@@ -1,0 +1,80 @@
+"""The ``cuda`` backend on a GPU: the rule for numbers, streams, graphs, devices. ``make gpu``."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from cin_fast import dispatch, ops
+from cin_fast.testing import (
+    INPUT_KINDS,
+    KERNEL_DTYPES,
+    SHAPES,
+    check_cci,
+    check_sci,
+    make_input,
+    make_pairs,
+)
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(scope="module")
+def device() -> torch.device:
+    reason = dispatch.unavailable("cuda")
+    if reason:
+        pytest.skip(f"the cuda backend is off: {reason}")
+    return torch.device("cuda")
+
+
+@pytest.mark.parametrize("columns", [None, 9, 20, 215])
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
+@pytest.mark.parametrize("kind", INPUT_KINDS)
+def test_rule(device: torch.device, kind: str, dtype: torch.dtype, columns: int | None) -> None:
+    for shape in (*SHAPES, (1, 100, 784), (2, 2048, 196)):
+        x = make_input(kind, shape, dtype, device)
+        width = columns or shape[2]
+        v = make_input("randn", (*shape[:2], columns), dtype, device, 1) if columns else None
+        dy = make_input("randn", (*shape[:2], width), dtype, device, 2)
+        check_sci("cuda", x, v, dy)
+        check_cci("cuda", x, *make_pairs(shape[0], device), v, dy)
+
+
+def test_same_bits_on_any_stream_and_in_a_graph(device: torch.device) -> None:
+    x = make_input("relu", (4, 512, 196), torch.bfloat16, device)
+    expected = ops.sci(x, backend="cuda")
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        on_stream = ops.sci(x, backend="cuda")
+    torch.cuda.synchronize()
+    assert torch.equal(on_stream, expected)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = ops.sci(x, backend="cuda")
+    captured.fill_(float("nan"))
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(captured, expected)
+
+
+def test_another_device_than_the_current_one(device: torch.device) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
+    x = make_input("relu", (1, 64, 49), torch.float16, "cuda:1")
+    assert torch.cuda.current_device() == 0
+    assert torch.equal(ops.sci(x, backend="cuda").cpu(), ops.sci(x.to("cuda:0")).cpu())
+
+
+def test_float32_follows_the_setting(device: torch.device) -> None:
+    x = make_input("diffuse", (1, 256, 196), device=device)
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("highest")
+        ieee = ops.sci(x, backend="cuda")
+        torch.set_float32_matmul_precision("high")
+        tf32 = ops.sci(x, backend="cuda")
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert not torch.equal(ieee, tf32)
+    torch.testing.assert_close(ieee, tf32, rtol=1e-2, atol=1e-2)
