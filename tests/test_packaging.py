@@ -23,6 +23,7 @@ COMMANDS = {
     "predict": "predict",
     "visualize": "visualize",
     "reproduce": "reproduce",
+    "export": "export",
 }
 TINY = 'extern "C" int cin_fast_tiny() { return 1; }\n'
 

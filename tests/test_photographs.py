@@ -10,7 +10,7 @@ from cin_fast.evaluate import main as evaluate
 from cin_fast.models import CIN
 from cin_fast.models.backbones import build_backbone
 from cin_fast.predict import main as predict
-from cin_fast.testing import check_cci, check_sci, make_pairs
+from cin_fast.testing import assert_exact_as_torch, check_sci, evaluate_cci, make_pairs
 from cin_fast.train import main as train
 from cin_fast.visualize import main as visualize
 
@@ -87,7 +87,16 @@ def test_kernels_on_the_maps_of_photographs(batch, cpu_extension, dtype):
     x_BCL = x_BCL.clone().to(dtype)
     dy_BCL = torch.randn(x_BCL.shape).to(dtype)
     check_sci(cpu_extension, x_BCL, None, dy_BCL)
-    check_cci(cpu_extension, x_BCL, *make_pairs(4), None, dy_BCL)
+    partner, eta = make_pairs(4)
+    found, plain = (
+        evaluate_cci(x_BCL, partner, eta, None, dy_BCL, backend=backend).results
+        for backend in (cpu_extension, "torch")
+    )
+    double = x_BCL.double(), partner, eta.double(), None, dy_BCL.double()
+    exact = evaluate_cci(*double, backend="torch").results
+    # d eta, one number an image, is judged over many draws in tests/test_cpu_kernels.py.
+    for name in ("y", "dx"):
+        assert_exact_as_torch(name, found[name], plain[name], exact[name])
 
 
 def test_pooled_and_dense_agree_on_photographs(batch):
