@@ -45,6 +45,16 @@ def test_sci(emulator: Emulator, kind: str, dtype: torch.dtype, columns: int | N
         check_sci("cuda", x, v, dy)
 
 
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
+def test_smallest_chip(emulator: Emulator, dtype: torch.dtype) -> None:
+    """Compute capability 8.6 and 8.9 give a block 99 KB, and every kernel has to make do."""
+    emulator.shared_limit = 99 * 1024
+    for columns in (None, 9, 20):
+        x, v, dy = inputs("diffuse", (2, 9, 100), columns, dtype)
+        check_sci("cuda", x, v, dy)
+        check_cci("cuda", x, *make_pairs(2), v, dy)
+
+
 @pytest.mark.parametrize("columns", [None, 9])
 def test_sci_where_operands_do_not_fit(emulator: Emulator, columns: int | None) -> None:
     """On a chip with little shared memory, panels stream through it."""
