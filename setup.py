@@ -140,13 +140,15 @@ def nvcc_commands(folder: Path) -> dict[Path, list[str]]:
 def compile_kernels(folder: Path) -> list[str]:
     """Runs nvcc on what changed; returns all objects. Beside each lies ptxas's report."""
     folder.mkdir(parents=True, exist_ok=True)
-    newest = max(path.stat().st_mtime for path in (*Path("csrc/cuda").iterdir(), Path("setup.py")))
+    headers = [*Path("csrc/cuda").glob("*.cuh"), *Path("csrc/cuda").glob("*.h")]
+    newest_header = max(path.stat().st_mtime for path in headers)
     commands = nvcc_commands(folder)
 
     def compile_one(item: tuple[Path, list[str]]) -> None:
         target, command = item
         report = target.with_suffix(".log")
         same = report.exists() and report.read_text().startswith(" ".join(command) + "\n")
+        newest = max(newest_header, Path(command[2]).stat().st_mtime)
         if target.exists() and same and target.stat().st_mtime > newest:
             return
         print(f"cin_fast: {' '.join(command)}", flush=True)
