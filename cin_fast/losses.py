@@ -39,6 +39,8 @@ def contrastive_loss(
         )
     if partner.shape != labels.shape:
         raise ValueError(f"partner: expected {tuple(labels.shape)}, found {tuple(partner.shape)}")
+    if margin <= 0:
+        raise ValueError(f"margin: expected above 0, found {margin}")
     squared = pair_distances(embeddings_BD, partner)
     # sqrt has no gradient at 0: such a distance is replaced before, and its value put back after.
     apart = squared > 0

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cin_fast.ops import cci, sci, tap_means
+from cin_fast.ops import cci, check_partner, sci, tap_means
 
 _CENTRE_TAP = 4
 
@@ -32,7 +32,13 @@ class PooledSCI(NamedTuple):
 
 
 def make_phi(channels: int) -> nn.Conv2d:
-    """phi of Eq. 3 and 6: one 3 x 3 convolution with bias, no norm, no activation."""
+    """phi of Eq. 3 and 6: one 3 x 3 convolution with bias, no norm, no activation.
+
+    Raises:
+        ValueError: for ``channels`` below 1.
+    """
+    if channels < 1:
+        raise ValueError(f"channels: expected at least 1, found {channels}")
     return nn.Conv2d(channels, channels, 3, padding=1)
 
 
@@ -85,7 +91,8 @@ class CCI(nn.Module):
     Args:
         channels: C of the maps.
         scale: as for :class:`SCI`.
-        phi: the convolution of Eq. 6; the paper shares it with :class:`SCI`. A new one if None.
+        phi: the convolution of Eq. 6, as :func:`make_phi` makes it; the paper shares it with
+            :class:`SCI`. A new one if None.
         backend: passed to :func:`cin_fast.cci`.
 
     Raises:
@@ -103,10 +110,16 @@ class CCI(nn.Module):
         self.scale = scale
         self.backend = backend
         self.phi = make_phi(channels) if phi is None else phi
+        _check_phi(self.phi, channels)
         self.psi = nn.Linear(2 * channels, 1)
 
     def eta(self, y_BC: Tensor, partner: Tensor) -> Tensor:
-        """eta of every image against its partner, (B,), from the spatial means of Y."""
+        """eta of every image against its partner, (B,), from the spatial means of Y (B, C)."""
+        if y_BC.shape[1:] != (self.phi.in_channels,):
+            raise ValueError(
+                f"y_BC: expected (B, {self.phi.in_channels}), found {tuple(y_BC.shape)}"
+            )
+        check_partner(y_BC, partner)
         return self.psi(torch.cat([y_BC, y_BC[partner]], dim=1)).squeeze(1)
 
     def forward(self, x: Tensor, partner: Tensor, y_BC: Tensor | None = None) -> Tensor:
@@ -176,7 +189,18 @@ class ChannelAttention(nn.Module):
         return f"scale={self.scale}"
 
 
+def _check_phi(phi: nn.Conv2d, channels: int) -> None:
+    # The identity behind mean_of_conv holds for this convolution alone.
+    names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation")
+    expected = (channels, channels, (3, 3), (1, 1), (1, 1), (1, 1))
+    plain = phi.groups == 1 and phi.padding_mode == "zeros"
+    if not plain or tuple(getattr(phi, name) for name in names) != expected:
+        raise ValueError(f"phi: expected Conv2d({channels}, {channels}, 3, padding=1), found {phi}")
+
+
 def _check_map(x: Tensor, channels: int | None = None) -> None:
+    if not isinstance(x, Tensor):
+        raise ValueError(f"x: expected a tensor, found {type(x).__name__}")
     if x.dim() != 4:
         raise ValueError(f"x: expected a map (B, C, H, W), found shape {tuple(x.shape)}")
     if channels is not None and x.shape[1] != channels:

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
+from torch.autograd.forward_ad import unpack_dual
 
 from cin_fast import dispatch, reference
 
@@ -64,8 +66,13 @@ def sci(
     _check_features(x)
     _check_values(x, v)
     x, v = _autocast(x, v)
-    name = dispatch.require(x, backend) if backend is not None else dispatch.choose(x)
-    y_BCK = _op(name, "sci")(_flat(x), None if v is None else _flat(v), float(scale))[0]
+    scale = _number("scale", scale)
+    x_BCL, v_BCK = _flat(x), None if v is None else _flat(v)
+    if _transformed(x, v):
+        _require_definition(backend)
+        y_BCK = reference.sci(x_BCL, x_BCL if v_BCK is None else v_BCK, scale)
+    else:
+        y_BCK = _op(_backend(x, backend), "sci")(x_BCL, v_BCK, scale)[0]
     return y_BCK.reshape((x if v is None else v).shape)
 
 
@@ -97,15 +104,19 @@ def cci(
         ValueError: naming the argument and what was found.
     """
     _check_features(x)
-    _check_partner(x, partner)
+    check_partner(x, partner)
     _check_eta(x, eta)
     _check_values(x, v)
     x, v = _autocast(x, v)
-    name = dispatch.require(x, backend) if backend is not None else dispatch.choose(x)
+    scale = _number("scale", scale)
     eta = eta.to(torch.promote_types(x.dtype, torch.float32))
     partner = partner.to(x.device, non_blocking=True)
-    v_BCK = None if v is None else _flat(v)
-    y_BCK = _op(name, "cci")(_flat(x), partner, eta, v_BCK, float(scale))[0]
+    x_BCL, v_BCK = _flat(x), None if v is None else _flat(v)
+    if _transformed(x, v, eta):
+        _require_definition(backend)
+        y_BCK = reference.cci(x_BCL, partner, eta, x_BCL if v_BCK is None else v_BCK, scale)[0]
+    else:
+        y_BCK = _op(_backend(x, backend), "cci")(x_BCL, partner, eta, v_BCK, scale)[0]
     return y_BCK.reshape((x if v is None else v).shape)
 
 
@@ -118,7 +129,7 @@ def sci_weights(x: Tensor, scale: float = -1.0) -> Tensor:
         ValueError: naming the argument and what was found.
     """
     _check_features(x)
-    return reference.sci_weights(_flat(x), float(scale))
+    return reference.sci_weights(_flat(x), _number("scale", scale))
 
 
 def tap_means(x: Tensor) -> Tensor:
@@ -139,6 +150,8 @@ def tap_means(x: Tensor) -> Tensor:
     _check_features(x)
     if x.dim() != 4:
         raise ValueError(f"x: expected (B, C, H, W), found shape {tuple(x.shape)}")
+    if _transformed(x):
+        return reference.tap_means(x)
     name = "reference" if dispatch.why_not(x, "cpu") else "cpu"
     return _op(name, "tap_means")(x)
 
@@ -147,16 +160,50 @@ def _op(backend: str, stem: str) -> Any:
     return getattr(torch.ops.cin_fast, f"{backend}_{stem}").default
 
 
+def _backend(x: Tensor, backend: str | None) -> str:
+    return dispatch.choose(x) if backend is None else dispatch.require(x, backend)
+
+
+def _transformed(*tensors: Tensor | None) -> bool:
+    """Whether forward-mode AD or torch.func is at work.
+
+    Registered operators give no tangent there, and torch does not say so: the definition does.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    if torch._C._are_functorch_transforms_active():
+        return True
+    return any(t is not None and unpack_dual(t).tangent is not None for t in tensors)
+
+
+def _require_definition(backend: str | None) -> None:
+    if backend not in (None, "reference"):
+        raise ValueError(
+            f"backend: {backend!r} cannot run under forward-mode AD or torch.func: 'reference' can"
+        )
+
+
+def _number(name: str, value: float) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name}: expected a number, found {value!r}") from error
+
+
 def _flat(t: Tensor) -> Tensor:
     return t.flatten(2) if t.dim() == 4 else t
 
 
 def _autocast(x: Tensor, v: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    device = x.device.type
-    if x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+    if x.dtype == torch.float64 or not _autocast_enabled(x):
         return x, v
-    dtype = torch.get_autocast_dtype(device)
+    dtype = torch.get_autocast_dtype(x.device.type)
     return x.to(dtype), None if v is None else v.to(dtype)
+
+
+def _autocast_enabled(x: Tensor) -> bool:
+    # The meta device knows no autocast, and asking it is an error.
+    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
 
 
 def _check_features(x: Tensor) -> None:
@@ -181,13 +228,14 @@ def _check_values(x: Tensor, v: Tensor | None) -> None:
         )
     if v.shape[2] == 0 or v.shape[-1] == 0:
         raise ValueError(f"v: columns may not be empty, found {tuple(v.shape)}")
-    if v.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+    if v.dtype != x.dtype and not _autocast_enabled(x):
         raise ValueError(f"v: expected x's dtype {x.dtype}, found {v.dtype}")
     if v.device != x.device:
         raise ValueError(f"v: expected x's device {x.device}, found {v.device}")
 
 
-def _check_partner(x: Tensor, partner: Tensor) -> None:
+def check_partner(x: Tensor, partner: Tensor) -> None:
+    """Refuse, with ``ValueError``, a ``partner`` that does not pair the images of ``x``."""
     if not isinstance(partner, Tensor) or partner.dtype != torch.int64:
         found = partner.dtype if isinstance(partner, Tensor) else type(partner).__name__
         raise ValueError(f"partner: expected an int64 tensor, found {found}")
@@ -199,8 +247,8 @@ def _check_partner(x: Tensor, partner: Tensor) -> None:
         raise ValueError(
             f"partner: expected x's device {x.device} or the CPU, found {partner.device}"
         )
-    # The values cannot be read while a graph is being traced.
-    if torch.compiler.is_compiling():
+    # There are no values to read while a graph is being traced, nor without data.
+    if torch.compiler.is_compiling() or partner.is_meta or isinstance(partner, FakeTensor):
         return
     index = torch.arange(len(partner), device=partner.device)
     inside = (partner >= 0) & (partner < len(partner))
@@ -415,20 +463,20 @@ def _define(backend: str, schemas: dict[str, str]) -> None:
             torch.library.register_autograd(name, _refuse_double_backward)
 
 
-for _backend in dispatch.BACKENDS:
-    _define(_backend, _SCHEMAS)
+for _name in dispatch.BACKENDS:
+    _define(_name, _SCHEMAS)
     for _stem, _gradient, _context in (
         ("sci", _sci_gradient, _sci_context),
         ("cci", _cci_gradient, _cci_context),
     ):
         torch.library.register_autograd(
-            f"cin_fast::{_backend}_{_stem}", _gradient(_backend), setup_context=_context
+            f"cin_fast::{_name}_{_stem}", _gradient(_name), setup_context=_context
         )
-for _backend in TAP_BACKENDS:
-    _define(_backend, _TAP_SCHEMAS)
+for _name in TAP_BACKENDS:
+    _define(_name, _TAP_SCHEMAS)
     torch.library.register_autograd(
-        f"cin_fast::{_backend}_tap_means",
-        _tap_means_gradient(_backend),
+        f"cin_fast::{_name}_tap_means",
+        _tap_means_gradient(_name),
         setup_context=_tap_means_context,
     )
 

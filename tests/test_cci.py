@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 import cin_fast
 from cin_fast.testing import INPUT_KINDS, SHAPES, check_cci, make_input, make_pairs
@@ -120,3 +121,28 @@ def test_bad_arguments_are_named(change, message):
         arguments["x"] = torch.zeros(3, 5, 4)
     with pytest.raises(ValueError, match=message):
         cin_fast.cci(**{**arguments, **change})
+
+
+def test_forward_mode_uses_the_definition():
+    x = make_input("diffuse", (2, 4, 3), torch.float64)
+    partner, eta = torch.tensor([1, 0]), torch.tensor([0.3, 0.6], dtype=torch.float64)
+
+    def of(x, eta):
+        return cin_fast.cci(x, partner, eta)
+
+    tangents = make_input("randn", x.shape, x.dtype, seed=1), torch.tensor([1.0, -2.0]).double()
+    ahead, behind = (
+        of(x + sign * 1e-6 * tangents[0], eta + sign * 1e-6 * tangents[1]) for sign in (1, -1)
+    )
+    _, found = torch.func.jvp(of, (x, eta), tangents)
+    torch.testing.assert_close(found, (ahead - behind) / 2e-6, rtol=1e-6, atol=1e-8)
+
+
+def test_without_data_there_are_shapes():
+    partner = torch.tensor([1, 0])
+    x, eta = torch.empty(2, 5, 4, device="meta"), torch.empty(2, device="meta")
+    assert cin_fast.cci(x, partner, eta).shape == x.shape
+    assert cin_fast.cci(x, partner.to("meta"), eta).shape == x.shape
+    with FakeTensorMode():
+        fake = torch.empty(2, 5, 4)
+        assert cin_fast.cci(fake, torch.tensor([1, 0]), torch.empty(2)).shape == fake.shape

@@ -90,3 +90,5 @@ def test_bad_arguments_are_named():
         contrastive_loss(torch.zeros(4, 2), torch.zeros(3).long(), torch.zeros(4).long())
     with pytest.raises(ValueError, match="partner: expected"):
         contrastive_loss(torch.zeros(4, 2), torch.zeros(4).long(), torch.zeros(3).long())
+    with pytest.raises(ValueError, match="margin: expected above 0, found -1"):
+        contrastive_loss(torch.zeros(2, 2), torch.zeros(2).long(), torch.tensor([1, 0]), -1.0)

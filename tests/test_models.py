@@ -187,3 +187,12 @@ def test_imagenet_weights_that_cannot_be_had_name_the_file(monkeypatch, tmp_path
         FileNotFoundError, match=rf"{tmp_path}.*resnet18-f37072fd\.pth.*--weights none"
     ):
         build_backbone("resnet18", True)
+
+
+@pytest.mark.parametrize("method", ["cin", "sci-cont"])
+@pytest.mark.parametrize("pooled", [True, False])
+@pytest.mark.parametrize("partner", [[1, 2, 3, 0], [9, 0, 3, 2], [1, 0]])
+def test_a_partner_that_pairs_nobody_is_refused(method, pooled, partner):
+    model = build_model(method, 3, "resnet18", pooled=pooled, embedding_dim=8).eval()
+    with pytest.raises(ValueError, match="partner: expected"):
+        model(make_images(4, 32), torch.tensor(partner))

@@ -1,5 +1,8 @@
 """SCI, CCI and ChannelAttention as modules: dense and pooled form are equal, in any network."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from torch import nn
@@ -179,3 +182,32 @@ def test_a_map_is_asked_for(module):
 def test_the_number_of_channels_is_checked():
     with pytest.raises(ValueError, match="x: expected 6 channels, found 5"):
         SCI(6)(torch.zeros(1, 5, 2, 2))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda x, p: SCI(0), "channels: expected at least 1, found 0"),
+        (lambda x, p: SCI(6)("x"), "x: expected a tensor, found str"),
+        (lambda x, p: CCI(6)(x, p + 9), "partner: expected an involution"),
+        (lambda x, p: CCI(6).pooled(x, p[:2]), r"partner: expected shape \(4,\)"),
+        (lambda x, p: CCI(6)(x, p, torch.zeros(4, 5)), r"y_BC: expected \(B, 6\), found \(4, 5\)"),
+        # The pooled form of another convolution would be silently wrong.
+        (
+            lambda x, p: CCI(6, phi=nn.Conv2d(6, 6, 3)),
+            r"phi: expected Conv2d\(6, 6, 3",
+        ),
+        (lambda x, p: CCI(6, phi=nn.Conv2d(5, 5, 3, padding=1)), "phi: expected"),
+        (lambda x, p: CCI(6, phi=nn.Conv2d(6, 6, 3, padding=1, groups=2)), "phi: expected"),
+    ],
+)
+def test_what_cannot_work_is_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(make_map(3, 3), torch.tensor([1, 0, 3, 2]))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_a_copy_shares_phi_as_its_original_does(copied):
+    sci = SCI(6)
+    pair = copied(nn.ModuleList([sci, CCI(6, phi=sci.phi)]))
+    assert pair[0].phi is pair[1].phi

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 import cin_fast
 from cin_fast.testing import INPUT_KINDS, SHAPES, check_sci, make_input
@@ -165,3 +166,46 @@ def test_same_bits_at_every_run():
 def test_bad_arguments_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         cin_fast.sci(*arguments)
+
+
+def test_forward_mode_and_func_transforms_use_the_definition():
+    x = make_input("diffuse", (2, 4, 3), torch.float64)
+    tangent = make_input("randn", (2, 4, 3), torch.float64, seed=1)
+    step = 1e-6 * tangent
+    numeric = (cin_fast.sci(x + step) - cin_fast.sci(x - step)) / 2e-6
+    _, by_func = torch.func.jvp(cin_fast.sci, (x,), (tangent,))
+    torch.testing.assert_close(by_func, numeric, rtol=1e-6, atol=1e-8)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, tangent)
+        found = forward_ad.unpack_dual(cin_fast.sci(dual)).tangent
+        torch.testing.assert_close(found, numeric, rtol=1e-6, atol=1e-8)
+        # Registered operators would drop the tangent in silence.
+        with pytest.raises(ValueError, match="backend: 'cpu' cannot run under forward-mode AD"):
+            cin_fast.sci(dual, backend="cpu")
+    leaf = x.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(cin_fast.sci(leaf).square().sum(), leaf)
+    actual = torch.func.grad(lambda x: cin_fast.sci(x).square().sum())(x)
+    torch.testing.assert_close(actual, expected)
+    mapped = torch.func.vmap(cin_fast.sci)(torch.stack([x, 2 * x]))
+    torch.testing.assert_close(mapped[1], cin_fast.sci(2 * x))
+
+
+def test_tap_means_in_forward_mode():
+    x = make_input("randn", (1, 2, 3, 4), torch.float64)
+    _, tangent = torch.func.jvp(cin_fast.tap_means, (x,), (x,))
+    torch.testing.assert_close(tangent, cin_fast.tap_means(x))
+
+
+def test_without_data_there_are_shapes():
+    x = torch.empty(2, 5, 3, 4, device="meta", requires_grad=True)
+    y = cin_fast.sci(x)
+    assert (y.shape, y.device.type) == (x.shape, "meta")
+    assert cin_fast.sci_weights(x).shape == (2, 5, 5)
+    assert cin_fast.tap_means(x).shape == (2, 5, 9)
+    y.sum().backward()
+    assert x.grad.shape == x.shape
+
+
+def test_a_scale_that_is_no_number_is_named():
+    with pytest.raises(ValueError, match="scale: expected a number, found 'negative'"):
+        cin_fast.sci(torch.zeros(1, 2, 3), scale="negative")

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from cin_fast.losses import contrastive_loss
 from cin_fast.models.base import Classifier, LossParts
 from cin_fast.nn import CCI, SCI, PooledSCI
+from cin_fast.ops import check_partner
 
 
 class SCINet(Classifier):
@@ -84,6 +85,7 @@ class SCICont(SCINet):
         """
         if partner is None:
             return super().forward(images)
+        check_partner(images, partner)
         z_BC, embedded_BC = self.pair_features(self.backbone(images), partner)
         return self.classifier(z_BC), self.h(embedded_BC)
 
