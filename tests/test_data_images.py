@@ -6,11 +6,13 @@ import pickle
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from cin_fast.data import DataError, build_dataset, dataset_names
+from cin_fast.data.base import read_image
 from cin_fast.data.synthesize import synthesize
 
 CLASSES = 3
@@ -329,3 +331,28 @@ def test_the_photographs_are_read(grocery_root):
     images = torch.stack([test[i][0] for i in range(0, len(test), 250)])
     assert images.shape == (10, 3, 64, 64)
     assert images.std() > 0.5
+
+
+def test_a_photograph_is_turned_as_its_camera_says(tmp_path):
+    upright = Image.new("RGB", (60, 20), "red")
+    upright.paste("blue", (0, 0, 30, 20))
+    turned = upright.transpose(Image.Transpose.ROTATE_90)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned.save(tmp_path / "turned.png", exif=exif)
+    image = read_image(tmp_path / "turned.png")
+    assert image.size == (60, 20)
+    assert image.getpixel((1, 1)) == (0, 0, 255)
+
+
+def test_16_bit_grey_is_scaled_not_clipped(tmp_path):
+    Image.fromarray(np.array([[0, 257 * 100, 65535]], dtype=np.uint16)).save(tmp_path / "a.png")
+    image = read_image(tmp_path / "a.png")
+    assert [image.getpixel((x, 0)) for x in range(3)] == [(v, v, v) for v in (0, 100, 255)]
+
+
+def test_a_single_class_is_no_dataset(folder):
+    for split in ("train", "test"):
+        for name in sorted(path.name for path in (folder / split).iterdir())[1:]:
+            shutil.rmtree(folder / split / name)
+    assert "has a single class, 001.Finch: it takes at least two" in refusal("folder", folder)

@@ -66,6 +66,8 @@ def _check_classes(dataset: ImageDataset, folder: Path, train: bool) -> None:
     bad = f" that can be read ({len(dataset.skipped)} skipped)" if dataset.skipped else ""
     if not dataset.labels:
         raise DataError(f"{folder} has no {split} image{bad}: it needs both splits")
+    if len(dataset.classes) < 2:
+        raise DataError(f"{folder} has a single class, {dataset.classes[0]}: it takes at least two")
     present = set(dataset.labels)
     empty = [name for label, name in enumerate(dataset.classes) if label not in present]
     # A class without test images only goes unmeasured.

@@ -7,13 +7,15 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image
+import numpy as np
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
 # Reading waits for the disk, and Pillow decodes outside the interpreter's lock.
 _READERS = 8
+_FIX = "replace it, or leave such files out with --skip-bad-images"
 
 
 class DataError(ValueError):
@@ -78,21 +80,33 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         entry = self.entries[index]
-        return self.transform(read_image(entry.path)), entry.label
+        try:
+            return self.transform(read_image(entry.path)), entry.label
+        except DataError as error:
+            raise DataError(f"{error}; {_FIX}") from error
 
 
 def read_image(path: Path) -> Image.Image:
-    """Decode an image to RGB.
+    """Decode an image to RGB, turned as its camera says.
 
     Raises:
         DataError: naming the file, if it cannot be read whole.
     """
     try:
         with Image.open(path) as image:
-            return image.convert("RGB")
+            ImageOps.exif_transpose(image, in_place=True)
+            return _eight_bits(image).convert("RGB")
     # Broken files make Pillow's decoders raise whatever they stumble over.
     except Exception as error:
-        raise DataError(explain(BadImage(path, _reason(path, error)))) from error
+        raise DataError(f"{path} {_reason(path, error)}") from error
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Pillow clips 16-bit grey where it should scale."""
+    if not image.mode.startswith("I"):
+        return image
+    grey = (np.asarray(image, dtype=np.float64) / 257).round().clip(0, 255)
+    return Image.fromarray(grey.astype(np.uint8))
 
 
 def bad_images(paths: Sequence[Path], *, whole: bool) -> list[BadImage]:
@@ -106,7 +120,7 @@ def bad_images(paths: Sequence[Path], *, whole: bool) -> list[BadImage]:
 
 def explain(bad: BadImage) -> str:
     """One line that names the file and the fix."""
-    return f"{bad.path} {bad.reason}; replace it, or leave such files out with --skip-bad-images"
+    return f"{bad.path} {bad.reason}; {_FIX}"
 
 
 def _check_header(path: Path) -> BadImage | None:
@@ -131,6 +145,8 @@ def _reason(path: Path, error: Exception) -> str:
         return "is missing"
     if isinstance(error, PermissionError):
         return "may not be read (permission denied)"
+    if isinstance(error, IsADirectoryError):
+        return "is a folder"
     if path.is_file() and path.stat().st_size == 0:
         return "is empty"
     # Pillow repeats the path there.

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeAlias
 
+from cin_fast import command
 from cin_fast.data.base import DataError
 from cin_fast.data.catalog import ROOT_VARIABLE, SOURCES, Source, default_root, find
 from cin_fast.data.download import check_md5, fetch, unpack
@@ -23,19 +24,7 @@ _PROBLEMS_SHOWN = 20
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; prints errors as one line and returns 2 for them, 1 for a set that is wrong."""
     arguments = _parser().parse_args(argv)
-    try:
-        return int(arguments.run(arguments))
-    except DataError as error:
-        return _fail(str(error))
-    except OSError as error:
-        return _fail(f"{error.strerror or error} {error.filename or ''}".strip())
-    except KeyboardInterrupt:
-        return _fail("stopped", code=130)
-
-
-def _fail(message: str, code: int = 2) -> int:
-    print(f"cin-fast-data: error: {message}", file=sys.stderr)
-    return code
+    return command.run("cin-fast-data", lambda: int(arguments.run(arguments)))
 
 
 def _parser() -> argparse.ArgumentParser:

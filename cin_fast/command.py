@@ -1,0 +1,87 @@
+"""What the commands share: an error they can name is one line and a code, never a traceback."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+import threading
+from collections.abc import Callable
+
+import torch
+
+
+def run(
+    name: str,
+    body: Callable[[], int],
+    *,
+    also: tuple[type[Exception], ...] = (),
+    interrupted: str = "stopped",
+) -> int:
+    """Run the command ``name``; returns its code: 2 after an error, 130 where it was stopped.
+
+    Args:
+        body: the command; returns its code.
+        also: errors that are the user's to see, beside those of values, files and imports.
+        interrupted: what to say after SIGINT or SIGTERM.
+    """
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _interrupt)
+    named: tuple[type[Exception], ...] = (ValueError, ImportError, OSError, *also)
+    try:
+        return body()
+    except KeyboardInterrupt:
+        return fail(name, interrupted, code=130)
+    except named as error:
+        return fail(name, _message(error))
+    except (MemoryError, RuntimeError) as error:
+        known = _resource(error)
+        if not known:
+            raise
+        return fail(name, known)
+
+
+def fail(name: str, message: str, code: int = 2) -> int:
+    """Print an error of the command ``name``; returns ``code``."""
+    print(f"{name}: error: {message}", file=sys.stderr)
+    return code
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """An argparse type: a whole number from ``least`` on."""
+
+    def number(text: str) -> int:
+        value = int(text)
+        if value < least:
+            raise argparse.ArgumentTypeError(f"expected {least} or more, found {value}")
+        return value
+
+    return number
+
+
+def _message(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    text = str(error) or type(error).__name__
+    if "in DataLoader worker process" not in text:
+        return text
+    # A data worker's error carries its traceback; its own words stand last.
+    return text.strip().splitlines()[-1].partition(": ")[2]
+
+
+def _resource(error: Exception) -> str:
+    """What to say where the machine gave out; empty for any other error."""
+    text = (str(error) or "out of memory").splitlines()[0]
+    if "DataLoader worker" in text:
+        return (
+            f"a process that loads images died ({text}); out of memory is the usual cause: try "
+            "fewer --workers. Finished epochs are kept: --resume goes on"
+        )
+    exhausted = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    if exhausted or "can't allocate memory" in text:
+        return f"out of memory ({text}); try a smaller --image-size or batch"
+    return ""
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
