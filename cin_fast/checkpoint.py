@@ -80,9 +80,12 @@ def load(path: Path) -> Checkpoint:
         raise CheckpointError(f"no checkpoint at {path}")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror or error})") from error
+    # What torch stumbles over in a damaged file is of no use to its owner.
     except Exception as error:
         raise CheckpointError(
-            f"{path} is damaged or no checkpoint ({_first_line(error)}); {_hash_verdict(path)}"
+            f"{path} is damaged or no checkpoint; {_hash_verdict(path)}"
         ) from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         found = content.get("format") if isinstance(content, dict) else type(content).__name__

@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -15,6 +15,16 @@ from cin_fast.data import dataset_names
 from cin_fast.dispatch import BACKENDS
 from cin_fast.models import METHODS
 
+# Settings that decide where and how fast a run goes, not what is learnt.
+INDIFFERENT = frozenset(
+    {
+        "output", "resume", "overwrite", "workers", "device", "data_root", "eval_batch_size",
+        "profile", "compile",
+    }
+)  # fmt: skip
+SETTINGS = "settings.json"
+# Samplers multiply a seed by epochs and processes, and a generator takes 64 bits.
+_LARGEST_SEED = 10**8
 _AMP = ("auto", "bf16", "fp16", "none")
 
 
@@ -93,11 +103,12 @@ class TrainConfig:
             "lr_step", "eval_every", "eval_batch_size",
         ):  # fmt: skip
             self._require(name, getattr(self, name) >= 1, "at least 1")
-        for name in ("workers", "seed", "weight_decay", "clip_norm", "alpha"):
+        for name in ("workers", "weight_decay", "clip_norm", "alpha"):
             self._require(name, getattr(self, name) >= 0, "0 or more")
         for name in ("lr", "lr_decay", "margin"):
             self._require(name, getattr(self, name) > 0, "above 0")
         self._require("momentum", 0 <= self.momentum < 1, "from 0 to below 1")
+        self._require("seed", 0 <= self.seed <= _LARGEST_SEED, f"0 to {_LARGEST_SEED}")
         pairs = self.classes_per_batch * self.images_per_class
         if pairs % 2:
             raise ValueError(
@@ -109,6 +120,11 @@ class TrainConfig:
     def batch_size(self) -> int:
         """Images a batch and process."""
         return self.classes_per_batch * self.images_per_class
+
+    @property
+    def model_backend(self) -> str | None:
+        """What the model's operators take as ``backend``: None for auto."""
+        return None if self.backend == "auto" else self.backend
 
     @property
     def output_folder(self) -> Path:
@@ -156,34 +172,53 @@ def from_mapping(values: Mapping[str, Any], source: str = "settings") -> TrainCo
 
 
 def parse(argv: Sequence[str] | None = None) -> TrainConfig:
-    """The config of a command line; ``--config FILE`` gives defaults that options override.
+    """The config of a command line.
+
+    ``--config FILE`` gives defaults that options override; ``--output DIR --resume`` without it
+    takes the settings that DIR was trained with.
 
     Raises:
         ValueError: naming the setting, the file and what was found.
     """
     options = vars(_parser().parse_args(argv))
-    path = options.pop("config")
-    return from_mapping({**_read(path), **options} if path else options, path or "command line")
+    path = options.pop("config") or _settings_of_the_run(options)
+    return (
+        from_mapping({**read_settings(Path(path)), **options}, path)
+        if path
+        else (from_mapping(options, "command line"))
+    )
 
 
-def _read(path: str) -> dict[str, Any]:
-    file = Path(path)
+def _settings_of_the_run(options: Mapping[str, Any]) -> str:
+    settings = Path(options.get("output", "")) / SETTINGS
+    return str(settings) if options.get("resume") and settings.is_file() else ""
+
+
+def read_settings(file: Path) -> dict[str, Any]:
+    """Names and values in a YAML, TOML or JSON file.
+
+    Raises:
+        ValueError: naming the file, if there is none or it cannot be read as what it is called.
+    """
     if not file.is_file():
         raise ValueError(f"--config: no file {file}")
-    text = file.read_text()
-    if file.suffix in (".yaml", ".yml"):
-        import yaml
-
-        loaded = yaml.safe_load(text)
-    elif file.suffix == ".toml":
-        loaded = _toml(text)
-    elif file.suffix == ".json":
-        loaded = json.loads(text)
-    else:
+    read = _READERS.get(file.suffix)
+    if read is None:
         raise ValueError(f"--config: expected .yaml, .toml or .json, found {file}")
+    try:
+        loaded = read(file.read_text())
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{file} cannot be read as {file.suffix[1:]} ({reason})") from error
     if not isinstance(loaded, dict):
-        raise ValueError(f"--config: {file} holds no settings")
+        raise ValueError(f"{file} holds no settings")
     return loaded
+
+
+def _yaml(text: str) -> Any:
+    import yaml
+
+    return yaml.safe_load(text)
 
 
 def _toml(text: str) -> dict[str, Any]:
@@ -192,6 +227,14 @@ def _toml(text: str) -> dict[str, Any]:
     else:
         import tomli as tomllib
     return tomllib.loads(text)
+
+
+_READERS: dict[str, Callable[[str], Any]] = {
+    ".yaml": _yaml,
+    ".yml": _yaml,
+    ".toml": _toml,
+    ".json": json.loads,
+}
 
 
 def _as_float(source: str, key: str, value: int | str) -> float:

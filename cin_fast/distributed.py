@@ -61,8 +61,10 @@ def pick_device(name: str, world: World) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise ValueError(f"--device: expected auto, cpu, cuda or cuda:N, found {name!r}") from error
+    if device.type == "cpu":
+        return torch.device("cpu")
     if device.type != "cuda":
-        return device
+        raise ValueError(f"--device: expected auto, cpu, cuda or cuda:N, found {name!r}")
     if not torch.cuda.is_available():
         raise ValueError("--device: cuda was asked for, but torch sees no CUDA device")
     index = world.local_rank if name == "cuda" else device.index

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from cin_fast.checkpoint import CheckpointError
+from cin_fast import command
 from cin_fast.data import DataError, ImageDataset, build_dataset, dataset_names
 from cin_fast.distributed import World, pick_device
 from cin_fast.trained import Trained, load_trained
@@ -137,7 +137,8 @@ def write_confusion(scores: Scores, classes: Sequence[str], folder: Path) -> lis
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; prints errors as one line and returns 2 for them."""
     options = _parser().parse_args(argv)
-    try:
+
+    def body() -> int:
         device = pick_device(options.device, World(0, 1, 0))
         trained = load_trained(options.checkpoint, device)
         images = _test_images(trained, options)
@@ -151,15 +152,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             contextlib.nullcontext(),
         )
         files = write_confusion(scores, trained.classes, options.output)
-    except (CheckpointError, ValueError, OSError) as error:
-        print(f"cin-fast-eval: error: {error}", file=sys.stderr)
-        return 2
-    summary = report(scores, trained.classes)
-    if options.json:
-        print(json.dumps(summary, indent=2))
-    else:
-        print(_text(summary, files))
-    return 0
+        summary = report(scores, trained.classes)
+        print(json.dumps(summary, indent=2) if options.json else _text(summary, files))
+        return 0
+
+    return command.run("cin-fast-eval", body)
 
 
 def _test_images(trained: Trained, options: argparse.Namespace) -> ImageDataset:
@@ -171,7 +168,11 @@ def _test_images(trained: Trained, options: argparse.Namespace) -> ImageDataset:
         root,
         train=False,
         image_size=trained.config.image_size,
+        skip_bad_images=options.skip_bad_images or trained.config.skip_bad_images,
     )
+    if images.skipped:
+        skipped = "\n  ".join(images.skipped)
+        print(f"skipped {len(images.skipped)} bad images:\n  {skipped}", file=sys.stderr)
     if images.classes != trained.classes:
         raise DataError(
             f"{options.checkpoint} knows {len(trained.classes)} classes, the dataset has "
@@ -206,8 +207,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--data-root", type=Path, metavar="DIR", help="(default: the run's)")
     parser.add_argument("--output", type=Path, default=Path("evaluation"), metavar="DIR",
                         help="folder of the confusion matrix (default: evaluation)")  # fmt: skip
-    parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="(default: 32)")
-    parser.add_argument("--workers", type=int, default=2, metavar="N", help="(default: 2)")
+    parser.add_argument("--batch-size", type=command.at_least(1), default=32, metavar="N",
+                        help="images at once (default: 32)")  # fmt: skip
+    parser.add_argument("--workers", type=command.at_least(0), default=2, metavar="N",
+                        help="processes that load images (default: 2)")  # fmt: skip
+    parser.add_argument("--skip-bad-images", action="store_true",
+                        help="leave out images that cannot be read, and list them")  # fmt: skip
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
     return parser

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.export import Dim, ExportedProgram
 
-from cin_fast import reference
+from cin_fast import command, reference
 from cin_fast.dispatch import BACKENDS
 from cin_fast.ops import TAP_BACKENDS
 from cin_fast.trained import Trained, load_trained
@@ -102,7 +102,8 @@ def _sci(x: Tensor, v: Tensor | None, scale: float) -> tuple[Tensor, Tensor, Ten
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; prints errors as one line and returns 2 for them."""
     options = _parser().parse_args(argv)
-    try:
+
+    def body() -> int:
         if options.output.suffix not in _SUFFIXES:
             raise ValueError(
                 f"--output: expected {' or '.join(_SUFFIXES)}, found {options.output.name!r}"
@@ -110,10 +111,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         trained = load_trained(options.checkpoint)
         options.output.parent.mkdir(parents=True, exist_ok=True)
         print(_write(trained, options.output))
-    except (ValueError, ImportError, OSError) as error:
-        print(f"cin-fast-export: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+        return 0
+
+    return command.run("cin-fast-export", body)
 
 
 def _write(trained: Trained, path: Path) -> str:

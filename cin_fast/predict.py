@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from cin_fast import command
 from cin_fast.data.base import read_image
 from cin_fast.distributed import World, pick_device
 from cin_fast.trained import Trained, load_trained
@@ -34,20 +35,20 @@ def predict(trained: Trained, path: Path, count: int) -> list[tuple[str, float]]
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; prints errors as one line and returns 2 for them."""
     options = _parser().parse_args(argv)
-    try:
+
+    def body() -> int:
         trained = load_trained(options.checkpoint, pick_device(options.device, World(0, 1, 0)))
         found = {str(path): predict(trained, path, options.top) for path in options.images}
-    except (ValueError, OSError) as error:
-        print(f"cin-fast-predict: error: {error}", file=sys.stderr)
-        return 2
-    if options.json:
-        print(json.dumps({path: dict(best) for path, best in found.items()}, indent=2))
+        if options.json:
+            print(json.dumps({path: dict(best) for path, best in found.items()}, indent=2))
+            return 0
+        for path, best in found.items():
+            print(path)
+            for name, probability in best:
+                print(f"  {probability:7.2%}  {name}")
         return 0
-    for path, best in found.items():
-        print(path)
-        for name, probability in best:
-            print(f"  {probability:7.2%}  {name}")
-    return 0
+
+    return command.run("cin-fast-predict", body)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -57,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("images", nargs="+", type=Path, help="image files")
     parser.add_argument("--checkpoint", type=Path, required=True, help="last.pt, or a run's folder")
     parser.add_argument(
-        "--top", type=int, default=5, metavar="K", help="classes shown (default: 5)"
+        "--top", type=command.at_least(1), default=5, metavar="K", help="classes shown (default: 5)"
     )
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import platform
 import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from cin_fast.checkpoint import write_text
-from cin_fast.config import TrainConfig
+from cin_fast.config import SETTINGS, TrainConfig
 from cin_fast.info import device_name, versions
 
-SETTINGS = "settings.json"
 METRICS = "metrics.json"
 METRICS_LINES = "metrics.jsonl"
 CURVES = "tensorboard"
@@ -91,6 +91,25 @@ class RunFolder:
         """Add a line to metrics.jsonl."""
         with open(self.path / METRICS_LINES, "a") as file:
             file.write(json.dumps(metrics) + "\n")
+
+    @contextlib.contextmanager
+    def curves(self, *, active: bool) -> Iterator[Callable[[Mapping[str, Any]], None]]:
+        """What draws an epoch's metrics as TensorBoard curves; draws nothing unless ``active``."""
+        if not active:
+            yield lambda metrics: None
+            return
+        # Its import takes a second.
+        from torch.utils.tensorboard import SummaryWriter
+
+        with SummaryWriter(str(self.path / CURVES)) as writer:
+
+            def draw(metrics: Mapping[str, Any]) -> None:
+                for name, value in metrics.items():
+                    if name != "epoch":
+                        writer.add_scalar(name, value, metrics["epoch"])
+                writer.flush()
+
+            yield draw
 
     def finish(self, metrics: Mapping[str, Any]) -> None:
         """Write metrics.json."""

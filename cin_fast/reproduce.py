@@ -6,33 +6,27 @@ import argparse
 import csv
 import dataclasses
 import io
-import json
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from cin_fast import command, cost
 from cin_fast import config as configs
-from cin_fast import cost
 from cin_fast.checkpoint import write_text
-from cin_fast.config import TrainConfig
+from cin_fast.config import INDIFFERENT, SETTINGS, TrainConfig, read_settings
 from cin_fast.distributed import World, join, pick_device
 from cin_fast.info import device_name
 from cin_fast.models import build_model
-from cin_fast.records import METRICS, SETTINGS, git_commit
+from cin_fast.records import METRICS, git_commit
 from cin_fast.train import TrainingError, train
 
 # Options of cin-fast-train that this command sets itself.
 _SET_HERE = ("method", "seed", "output", "resume", "overwrite")
-# Settings that do not change what is learnt: a finished run may differ in them.
-_INDIFFERENT = {
-    "output", "resume", "overwrite", "workers", "device", "data_root", "eval_batch_size",
-    "profile", "compile",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -60,6 +54,8 @@ ROWS: dict[str, Row] = {
     "cin": Row("cin", "CIN", 87.5, 17.2),
     "resnet101-cin": Row("cin", "CIN", 88.1, 27.2, backbone="resnet101"),
 }
+# What the table reads of a run's metrics.json.
+_READ = ("epochs", "test_top1", "best_test_top1", "num_classes")
 _PAPER_BACKBONE = "resnet50"
 _HEADER = (
     "system", "paper, CUB", "last epoch", "best epoch (optimistic)", "to plain", "M parameters",
@@ -109,12 +105,12 @@ class Cost:
 
 @dataclass(frozen=True)
 class Line:
-    """A row with a finished run at least: accuracies in percent, one a seed."""
+    """A row with a finished run at least: accuracies in percent, None for a seed not finished."""
 
     row: str
     title: str
-    last: tuple[float, ...]
-    best: tuple[float, ...]
+    last: tuple[float | None, ...]
+    best: tuple[float | None, ...]
     cost: Cost | None
 
 
@@ -122,19 +118,25 @@ def finished(config: TrainConfig) -> dict[str, Any] | None:
     """metrics.json of a run that is done, None if it is not.
 
     Raises:
-        ValueError: if the folder holds a run of other settings.
+        ValueError: if the folder holds a run of other settings, or a file that is no record.
     """
     folder = config.output_folder
     if (folder / SETTINGS).exists():
-        _check_settings(config, json.loads((folder / SETTINGS).read_text()), folder)
+        _check_settings(config, read_settings(folder / SETTINGS), folder)
     if not (folder / METRICS).exists():
         return None
-    metrics: dict[str, Any] = json.loads((folder / METRICS).read_text())
+    metrics = read_settings(folder / METRICS)
+    missing = [name for name in _READ if name not in metrics]
+    if missing:
+        raise ValueError(f"{folder / METRICS} lacks {missing[0]}: remove it to run this row again")
     return metrics if metrics["epochs"] >= config.epochs else None
 
 
-def run(plan: Plan, world: World) -> list[Line]:
+def run(plan: Plan, world: World) -> tuple[list[Line], list[str]]:
     """Train what is not finished; the table is written anew after every run.
+
+    A run whose loss is lost leaves the others alone: it is named in the second result, and tried
+    again next time. Under a launcher it stops them all, as its other processes would wait.
 
     Raises:
         ValueError, FileNotFoundError, TrainingError: as :func:`cin_fast.train.train`.
@@ -145,29 +147,41 @@ def run(plan: Plan, world: World) -> list[Line]:
     open_runs = [(row, config) for row, config in runs if finished(config) is None]
     if world.main:
         print(f"{len(runs)} runs, {len(runs) - len(open_runs)} of them finished", flush=True)
+    failed: list[str] = []
     for number, (row, config) in enumerate(open_runs, 1):
+        name = f"{plan.title(row)}, seed {config.seed}"
         if world.main:
-            print(f"\n== {number} of {len(open_runs)}: {plan.title(row)}, seed {config.seed} ==")
-        train(config)
+            print(f"\n== {number} of {len(open_runs)}: {name} ==", flush=True)
+        try:
+            train(config)
+        except TrainingError as error:
+            if world.size > 1:
+                raise
+            failed.append(f"{name}: {str(error).partition(';')[0]}")
+            print(failed[-1], flush=True)
         if world.main and number < len(open_runs):
-            write_table(plan, lines(plan))
+            write_table(plan, lines(plan), failed)
     if not world.main:
-        return []
-    table = lines(plan, costs(plan, device))
-    write_table(plan, table)
-    return table
+        return [], failed
+    table = lines(plan)
+    if table:
+        prices = costs(plan, device)
+        table = [dataclasses.replace(line, cost=prices[line.row]) for line in table]
+    write_table(plan, table, failed)
+    return table, failed
 
 
-def lines(plan: Plan, costs: Mapping[str, Cost] | None = None) -> list[Line]:
-    """The rows that have at least one finished run; without costs while more are to come."""
+def lines(plan: Plan) -> list[Line]:
+    """The rows that have at least one finished run, without their costs."""
     found: list[Line] = []
     for row in plan.rows:
-        done = [finished(plan.config(row, seed)) for seed in plan.seeds]
-        metrics = [one for one in done if one is not None]
-        if metrics:
-            last = tuple(100 * one["test_top1"] for one in metrics)
-            best = tuple(100 * one["best_test_top1"] for one in metrics)
-            found.append(Line(row, plan.title(row), last, best, costs[row] if costs else None))
+        runs = [finished(plan.config(row, seed)) for seed in plan.seeds]
+        last, best = (
+            tuple(None if one is None else 100 * one[name] for one in runs)
+            for name in ("test_top1", "best_test_top1")
+        )
+        if any(one is not None for one in runs):
+            found.append(Line(row, plan.title(row), last, best, None))
     return found
 
 
@@ -181,6 +195,7 @@ def costs(plan: Plan, device: torch.device) -> dict[str, Cost]:
             plan.backbone(row),
             pooled=plan.base.pooled,
             embedding_dim=plan.base.embedding_dim,
+            backend=plan.base.model_backend,
         )
         .to(device)
         .eval()
@@ -193,14 +208,14 @@ def costs(plan: Plan, device: torch.device) -> dict[str, Cost]:
     }
 
 
-def write_table(plan: Plan, table: Sequence[Line]) -> None:
+def write_table(plan: Plan, table: Sequence[Line], failed: Sequence[str] = ()) -> None:
     """table1.md and table1.csv under the plan's output."""
-    write_text(plan.output / "table1.md", markdown(plan, table))
+    write_text(plan.output / "table1.md", markdown(plan, table, failed))
     write_text(plan.output / "table1.csv", comma_separated(plan, table))
 
 
-def markdown(plan: Plan, table: Sequence[Line]) -> str:
-    """The table with what is needed to repeat it."""
+def markdown(plan: Plan, table: Sequence[Line], failed: Sequence[str] = ()) -> str:
+    """The table with what is needed to repeat it, and the runs that did not come to their end."""
     rows = ["| " + " | ".join(_HEADER) + " |", "|" + " --- |" * len(_HEADER)]
     plain = next((line for line in table if line.row == "plain"), None)
     rows += ["| " + " | ".join(_cells(line, plain)) + " |" for line in table]
@@ -212,7 +227,8 @@ def markdown(plan: Plan, table: Sequence[Line]) -> str:
         "are from a TITAN Xp. An operation is a multiplication or an addition. "
         f"Commit {git_commit()}; settings in table1.json."
     )
-    return "\n".join([*rows, "", notes]) + "\n"
+    broken = ["", "Not finished:", "", *(f"- {name}" for name in failed)] if failed else []
+    return "\n".join([*rows, "", notes, *broken]) + "\n"
 
 
 def comma_separated(plan: Plan, table: Sequence[Line]) -> str:
@@ -225,20 +241,20 @@ def comma_separated(plan: Plan, table: Sequence[Line]) -> str:
     for line in table:
         row, cost_of = ROWS[line.row], line.cost
         numbers = [cost_of.parameters, cost_of.flops, cost_of.milliseconds] if cost_of else [""] * 3
-        blank = [""] * (len(plan.seeds) - len(line.last))
-        accuracies = [*line.last, *blank, *line.best, *blank]
+        # csv writes None as an empty cell.
+        accuracies = [*line.last, *line.best]
         writer.writerow([line.row, line.title, row.paper_top1, row.paper_ms, *numbers, *accuracies])
     return text.getvalue()
 
 
 def _cells(line: Line, plain: Line | None) -> list[str]:
-    row, mean = ROWS[line.row], statistics.mean(line.last)
+    row, mean = ROWS[line.row], statistics.mean(_known(line.last))
     cells = [
         line.title,
         f"{row.paper_top1:.1f}",
         _spread(line.last),
         _spread(line.best),
-        f"{mean - statistics.mean(plain.last):+.2f}" if plain else "",
+        f"{mean - statistics.mean(_known(plain.last)):+.2f}" if plain else "",
     ]
     if line.cost is None:
         cells += [""] * 4
@@ -254,9 +270,17 @@ def _cells(line: Line, plain: Line | None) -> list[str]:
     return [*cells, f"{row.paper_ms / ROWS['plain'].paper_ms:.2f}"]
 
 
-def _spread(values: Sequence[float]) -> str:
+def _known(values: Sequence[float | None]) -> list[float]:
+    return [value for value in values if value is not None]
+
+
+def _spread(seeds: Sequence[float | None]) -> str:
+    values = _known(seeds)
     mean = f"{statistics.mean(values):.2f}"
-    return f"{mean} ± {statistics.stdev(values):.2f}" if len(values) > 1 else f"{mean} (1 seed)"
+    if len(values) > 1:
+        mean += f" ± {statistics.stdev(values):.2f}"
+    few = len(values) == 1 or len(values) < len(seeds)
+    return f"{mean} ({len(values)} seed{'s' * (len(values) > 1)})" if few else mean
 
 
 def _num_classes(plan: Plan) -> int:
@@ -270,7 +294,7 @@ def _num_classes(plan: Plan) -> int:
 
 def _check_settings(config: TrainConfig, held: dict[str, Any], folder: Path) -> None:
     for name, value in dataclasses.asdict(config).items():
-        if name not in _INDIFFERENT and held.get(name, value) != value:
+        if name not in INDIFFERENT and held.get(name, value) != value:
             raise ValueError(
                 f"--output: {folder} was run with {name} = {held[name]}, not {value}; choose "
                 "another --output, or the same settings"
@@ -320,30 +344,27 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; prints errors as one line and returns 2 for them."""
-    try:
+    """The command; prints errors as one line and returns 2 for them, 1 if a run failed."""
+
+    def body() -> int:
         plan = parse(argv)
         # Joined once for all runs: leaving and joining again between them is not reliable.
         with join(plan.base.device) as world:
             if world.main:
                 plan.output.mkdir(parents=True, exist_ok=True)
                 write_text(plan.output / "table1.json", plan.base.to_json() + "\n")
-            table = run(plan, world)
-    except (ValueError, FileNotFoundError, TrainingError) as error:
-        return _fail(str(error))
-    except OSError as error:
-        return _fail(f"{error.strerror or error} {error.filename or ''}".strip())
-    except KeyboardInterrupt:
-        return _fail("stopped; the same command goes on", code=130)
-    if table:
-        print("\n" + markdown(plan, table))
-        print(f"{plan.output / 'table1.md'}\n{plan.output / 'table1.csv'}")
-    return 0
+            table, failed = run(plan, world)
+        if world.main:
+            print("\n" + markdown(plan, table, failed))
+            print(f"{plan.output / 'table1.md'}\n{plan.output / 'table1.csv'}")
+        return 1 if failed else 0
 
-
-def _fail(message: str, code: int = 2) -> int:
-    print(f"cin-fast-reproduce: error: {message}", file=sys.stderr)
-    return code
+    return command.run(
+        "cin-fast-reproduce",
+        body,
+        also=(TrainingError,),
+        interrupted="stopped; the same command goes on",
+    )
 
 
 if __name__ == "__main__":

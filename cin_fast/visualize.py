@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from cin_fast.checkpoint import CheckpointError
-from cin_fast.data import DataError
+from cin_fast import command
 from cin_fast.data.base import read_image
+from cin_fast.distributed import World, pick_device
 from cin_fast.models import SCINet
 from cin_fast.models.cin import CIN
 from cin_fast.ops import sci, sci_weights
@@ -99,19 +99,19 @@ def draw_pairs(trained: Trained, images: Sequence[Path], output: Path) -> Path:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; prints errors as one line and returns 2 for them."""
     options = _parser().parse_args(argv)
-    try:
-        trained = load_trained(options.checkpoint, options.device)
+
+    def body() -> int:
+        trained = load_trained(options.checkpoint, pick_device(options.device, World(0, 1, 0)))
         options.output.mkdir(parents=True, exist_ok=True)
         drawn = [draw_activations(trained, options.images, options.output / "activations.png")]
         if isinstance(trained.model, SCINet):
             drawn.append(draw_channels(trained, options.images, options.output / "channels.png"))
         if isinstance(trained.model, CIN) and len(options.images) > 1:
             drawn.append(draw_pairs(trained, options.images, options.output / "pairs.png"))
-    except (CheckpointError, DataError, VisualizeError, OSError) as error:
-        print(f"cin-fast-visualize: error: {error}", file=sys.stderr)
-        return 2
-    print("\n".join(str(path) for path in drawn))
-    return 0
+        print("\n".join(str(path) for path in drawn))
+        return 0
+
+    return command.run("cin-fast-visualize", body)
 
 
 def _features(trained: Trained, path: Path) -> tuple[np.ndarray[Any, Any], Tensor]:

@@ -92,3 +92,22 @@ def test_bad_files_are_refused(tmp_path, name, text, message):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"--config: no file .*gone.yaml"):
         config.parse(["--config", str(tmp_path / "gone.yaml")])
+
+
+@pytest.mark.parametrize(
+    ("name", "text"), [("a.yaml", "lr: [1"), ("a.toml", "lr = "), ("a.json", '{"lr": ')]
+)
+def test_a_file_that_is_not_what_it_is_called_is_named_in_a_line(tmp_path, name, text):
+    path = tmp_path / name
+    path.write_text(text)
+    with pytest.raises(ValueError, match=rf"{name} cannot be read as {name[2:]} \(") as caught:
+        config.parse(["--config", str(path)])
+    assert "\n" not in str(caught.value)
+
+
+def test_resuming_takes_the_settings_of_the_run_however_it_is_named(tmp_path):
+    (tmp_path / "settings.json").write_text(TrainConfig(lr=0.5).to_json())
+    for output in (["--output", str(tmp_path)], [f"--output={tmp_path}"]):
+        assert config.parse([*output, "--resume"]).lr == 0.5
+        assert config.parse(output).lr == 0.001
+        assert config.parse([*output, "--resume", "--lr", "0.25"]).lr == 0.25

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -91,3 +92,20 @@ def test_errors_are_one_line(run, tmp_path, capsys):
     assert error.count("\n") == 3
     assert "no checkpoint" in error
     assert "x.png" in error
+
+
+def test_a_bad_image_is_a_line_or_left_out(run, images, tmp_path, capsys):
+    root = tmp_path / "data"
+    shutil.copytree(images, root)
+    broken = root / "test" / "red" / "1.png"
+    broken.write_bytes(broken.read_bytes()[:60])
+    argv = [str(run), "--data-root", str(root), "--device", "cpu", "--output", str(tmp_path)]
+    capsys.readouterr()
+    assert main([*argv, "--workers", "1"]) == 2
+    error = capsys.readouterr().err
+    assert f"cin-fast-eval: error: {broken} cannot be read" in error
+    assert "Traceback" not in error
+    assert main([*argv, "--workers", "0", "--json", "--skip-bad-images"]) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["images"] == 11
+    assert str(broken) in captured.err

@@ -13,6 +13,7 @@ from small_run import SMALL, torchrun
 from cin_fast import cost, reproduce
 from cin_fast.models import METHODS, build_model
 from cin_fast.reproduce import ROWS, Cost, Line, comma_separated, main, markdown, parse
+from cin_fast.trainer import Trainer, TrainingError
 
 
 def arguments(images, output, *more):
@@ -70,8 +71,6 @@ def test_a_stopped_run_goes_on(images, tmp_path, capsys, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        from cin_fast.train import Trainer
-
         one_epoch = Trainer.one_epoch
         patch.setattr(
             Trainer, "one_epoch",
@@ -131,10 +130,10 @@ def test_the_table_holds_means_deviations_and_ratios(tmp_path):
 
 def test_a_row_without_all_seeds_says_so(tmp_path):
     plan, table = table_of(tmp_path, 1.0, 1.0)
-    table[1] = dataclasses.replace(table[1], last=(47.0,), best=(49.0,), cost=None)
+    table[1] = dataclasses.replace(table[1], last=(None, 47.0), best=(None, 49.0), cost=None)
     assert "47.00 (1 seed)" in markdown(plan, table)
     rows = list(csv.DictReader(comma_separated(plan, table).splitlines()))
-    assert (rows[1]["last_s0"], rows[1]["last_s1"], rows[1]["best_s0"]) == ("47.0", "", "49.0")
+    assert (rows[1]["last_s0"], rows[1]["last_s1"], rows[1]["best_s1"]) == ("", "47.0", "49.0")
 
 
 def test_operations_are_counted_by_hand():
@@ -146,3 +145,43 @@ def test_operations_are_counted_by_hand():
     # ResNet-18 at 224 pixels: 1.81 G multiply-adds (He et al.), 1.82 with the last layer.
     full = build_model("plain", 1000, "resnet18").eval()
     assert cost.model_flops(full, 224, device) == pytest.approx(2 * 1.814e9, rel=2e-3)
+
+
+def test_a_lost_run_leaves_the_others_alone(images, tmp_path, capsys, monkeypatch):
+    line = arguments(images, tmp_path, "--rows", "plain", "se", "--seeds", "0", "--epochs", "1")
+    one_epoch = Trainer.one_epoch
+
+    def lose_plain(self, *loaders):
+        if self.config.method == "plain":
+            raise TrainingError("the loss became nan in epoch 1; a lower --lr is the usual cure")
+        return one_epoch(self, *loaders)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "one_epoch", lose_plain)
+        assert main(line) == 1
+    text = (tmp_path / "table1.md").read_text()
+    assert "- resnet18, seed 0: the loss became nan in epoch 1\n" in text
+    assert "resnet18 + SE" in text
+    # It is tried again, alone.
+    capsys.readouterr()
+    assert main(line) == 0
+    assert "2 runs, 1 of them finished" in capsys.readouterr().out
+    assert "Not finished" not in (tmp_path / "table1.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "message"),
+    [
+        ("metrics.json", '{"epochs": 3', r"metrics\.json cannot be read as json"),
+        ("metrics.json", "{}", r"metrics\.json lacks epochs: remove it"),
+        ("settings.json", "[]", r"settings\.json holds no settings"),
+    ],
+)
+def test_a_broken_record_is_named(images, tmp_path, capsys, file, text, message):
+    folder = tmp_path / "plain-s0"
+    folder.mkdir()
+    (folder / file).write_text(text)
+    assert main(arguments(images, tmp_path, "--rows", "plain", "--seeds", "0")) == 2
+    error = capsys.readouterr().err
+    assert re.search(message, error), error
+    assert error.count("\n") == 1

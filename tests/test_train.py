@@ -14,7 +14,7 @@ from small_run import arguments
 
 from cin_fast import checkpoint as checkpoints
 from cin_fast import config as configs
-from cin_fast import train as training
+from cin_fast.data import ImageDataset
 from cin_fast.distributed import World
 from cin_fast.train import Trainer, main, train
 
@@ -198,7 +198,7 @@ def test_a_bad_image_is_named_or_skipped(images, tmp_path, capsys):
 
 def test_a_worker_that_dies_is_one_line(images, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(
-        training.ImageDataset, "__getitem__", lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+        ImageDataset, "__getitem__", lambda *_: os.kill(os.getpid(), signal.SIGKILL)
     )
     error = refusal(capsys, arguments(images, tmp_path, epochs=1, workers=1))
     assert "a process that loads images died" in error

@@ -1,0 +1,371 @@
+"""One visible loop: data, model, optimiser, and the epochs of a run."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import StepLR
+from torch.utils.data import DataLoader, Subset
+from tqdm import tqdm
+
+from cin_fast import checkpoint as checkpoints
+from cin_fast.checkpoint import Checkpoint, CheckpointError
+from cin_fast.config import INDIFFERENT, TrainConfig
+from cin_fast.data import ClassBalancedPairSampler, ImageDataset, build_dataset
+from cin_fast.data.seeded import SeededBatches, SeededImages
+from cin_fast.distributed import World, pick_device
+from cin_fast.evaluate import Scores, score
+from cin_fast.losses import pair_counts
+from cin_fast.models import Classifier, build_model
+from cin_fast.models.backbones import stride_of
+from cin_fast.progress import EpochTotals, epoch_line
+from cin_fast.records import RunFolder
+
+# A resumed run may change these besides: its weights are there already, and its end is not.
+_FREE_ON_RESUME = INDIFFERENT | {"epochs", "weights", "eval_every", "backend"}
+_PROFILED_STEPS = 5
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; says why, and what is left."""
+
+
+class Trainer:
+    """A run: data, model, optimiser and the epoch it stands at.
+
+    Raises:
+        ValueError: for a setting that cannot work, before anything is loaded.
+    """
+
+    def __init__(self, config: TrainConfig, world: World) -> None:
+        self.config = config
+        self.world = world
+        self.device = pick_device(config.device, world)
+        _check_image_size(config)
+        self.folder = RunFolder(config.output_folder)
+        if world.main:
+            self.folder.open(resume=config.resume, overwrite=config.overwrite)
+        resumed = checkpoints.load(self.folder.checkpoint) if config.resume else None
+
+        self.train_images = _dataset(config, train=True)
+        self.test_images = _dataset(config, train=False)
+        self.classes = self.train_images.classes
+        pairs = ClassBalancedPairSampler(
+            self.train_images.labels,
+            config.classes_per_batch,
+            config.images_per_class,
+            seed=config.seed,
+            rank=world.rank,
+            world_size=world.size,
+        )
+        self.batches = SeededBatches(pairs, config.seed, world.rank)
+        self.memory_format = (
+            torch.channels_last if self.device.type == "cuda" else torch.contiguous_format
+        )
+        torch.manual_seed(config.seed)
+        self.model = self._build_model(fresh=resumed is None)
+        self.optimizer = torch.optim.SGD(
+            self.model.parameters(),
+            lr=config.lr,
+            momentum=config.momentum,
+            weight_decay=config.weight_decay,
+            fused=True,
+        )
+        self.schedule = StepLR(self.optimizer, config.lr_step, config.lr_decay)
+        # float16 alone needs its loss scaled.
+        self.scaler = torch.amp.GradScaler(
+            self.device.type, enabled=self._amp_dtype() is torch.float16
+        )
+        self.epoch = 0
+        self.history = {"best_test_top1": 0.0, "seconds": 0.0}
+        if resumed is not None:
+            self._restore(resumed)
+        self.parallel = self._parallel()
+
+    def run(self) -> dict[str, Any]:
+        """Train to the last epoch; returns what metrics.json holds."""
+        if self.world.main:
+            if not self.config.resume:
+                self.folder.clear()
+            self.folder.describe(self.config)
+            self.folder.forget_after(self.epoch)
+            print(self.describe(), flush=True)
+        train_loader, test_loader = self._train_loader(), self._test_loader()
+        metrics: dict[str, Any] = {}
+        with self.folder.curves(active=self.world.main) as draw:
+            while self.epoch < self.config.epochs:
+                metrics = self.one_epoch(train_loader, test_loader)
+                if self.world.main:
+                    self.save()
+                    self.folder.append(metrics)
+                    draw(metrics)
+                    print(epoch_line(metrics, self.config.epochs), flush=True)
+        if not metrics:
+            metrics = self._tested(test_loader)
+        return self._finish(metrics)
+
+    def one_epoch(
+        self, train_loader: DataLoader[Any], test_loader: DataLoader[Any]
+    ) -> dict[str, Any]:
+        """Train an epoch, and test where one is due; returns its line of metrics.jsonl."""
+        start = time.perf_counter()
+        lr = self.schedule.get_last_lr()[0]
+        trained = self.train_epoch(train_loader)
+        speed = trained["images"] / (time.perf_counter() - start)
+        self.schedule.step()
+        self.epoch += 1
+        metrics: dict[str, Any] = {"epoch": self.epoch, "lr": lr, **trained}
+        metrics["images_per_second"] = speed
+        if self.epoch % self.config.eval_every == 0 or self.epoch == self.config.epochs:
+            metrics |= self._tested(test_loader)
+        metrics["seconds"] = time.perf_counter() - start
+        self.history["seconds"] += metrics["seconds"]
+        return metrics
+
+    def train_epoch(self, loader: DataLoader[Any]) -> dict[str, float]:
+        """One pass over the training set."""
+        self.batches.set_epoch(self.epoch)
+        self.model.train()
+        totals = EpochTotals.zeros(self.device)
+        pending: tuple[Tensor, Tensor] | None = None
+        bar = tqdm(
+            loader, f"epoch {self.epoch + 1}/{self.config.epochs}", unit="batch",
+            leave=False, disable=not self.world.main,
+        )  # fmt: skip
+        with self._profiler() as profiled:
+            for images, labels, indices in bar:
+                loss = self._step(images, labels, totals)
+                # Reading a loss waits for the device, so it is read while the next step runs.
+                self._check_finite(pending)
+                pending = (loss, indices)
+                if totals.steps % 10 == 1:
+                    bar.set_postfix_str(str(totals))
+                profiled()
+        self._check_finite(pending)
+        return totals.means()
+
+    def _step(self, images: Tensor, labels: Tensor, totals: EpochTotals) -> Tensor:
+        images = images.to(self.device, memory_format=self.memory_format, non_blocking=True)
+        # Positions (0, 1), (2, 3), ... of a batch are its pairs. The CPU copy is checked for free.
+        partner = torch.arange(len(labels)) ^ 1 if self.model.uses_pairs else None
+        positives, negatives = pair_counts(labels, torch.arange(len(labels)) ^ 1)
+        labels = labels.to(self.device, non_blocking=True)
+        with self._autocast():
+            output = self.parallel(images, partner)
+            on_device = None if partner is None else partner.to(self.device, non_blocking=True)
+            parts = self.model.loss(output, labels, on_device, self.config.margin)
+            loss = parts.total(self.config.alpha)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(loss).backward()
+        if self.config.clip_norm > 0:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+
+        logits = output[0] if isinstance(output, tuple) else output
+        totals.loss += loss.detach()
+        totals.classification += parts.classification.detach()
+        if parts.pair is not None:
+            totals.pair += parts.pair.detach()
+        totals.correct += (logits.detach().argmax(1) == labels).sum()
+        totals.images += len(labels)
+        totals.steps += 1
+        totals.positives += positives
+        totals.negatives += negatives
+        return loss.detach()
+
+    def test(self, loader: DataLoader[Any]) -> Scores:
+        """Scores over the whole test set, shared by all processes."""
+        return score(self.model, loader, len(self.classes), self.device, self._autocast())
+
+    def save(self) -> None:
+        """Write last.pt."""
+        checkpoints.save(
+            self.folder.checkpoint,
+            Checkpoint(
+                model=self.model.state_dict(),
+                settings=dataclasses.asdict(self.config),
+                classes=self.classes,
+                epoch=self.epoch,
+                optimizer=self.optimizer.state_dict(),
+                schedule=self.schedule.state_dict(),
+                rng=torch.get_rng_state(),
+                history=self.history,
+            ),
+        )
+
+    def describe(self) -> str:
+        """Settings, data, batch structure and model, as printed at the start."""
+        config, size = self.config, self.world.size
+        parameters = sum(p.numel() for p in self.model.parameters()) / 1e6
+        skipped = self.train_images.skipped + self.test_images.skipped
+        images = (
+            f"{len(self.train_images)} training and {len(self.test_images)} test images of "
+            f"{len(self.classes)} classes"
+        )
+        batch = (
+            f"global batch {config.batch_size * size} = {size} x {config.classes_per_batch} classes"
+            f" x {config.images_per_class} images, {config.batch_size * size // 2} pairs, each "
+            "within one process"
+        )
+        lines = [
+            config.describe(),
+            "",
+            images,
+            batch,
+            f"{config.method} on {config.backbone}, {parameters:.1f} M parameters, {self.device}",
+            f"everything of this run goes to {self.folder.path}",
+        ]
+        lines += [f"skipped {len(skipped)} bad images:", *skipped] if skipped else []
+        return "\n".join(lines)
+
+    def _tested(self, loader: DataLoader[Any]) -> dict[str, float]:
+        scores = self.test(loader)
+        self.history["best_test_top1"] = max(self.history["best_test_top1"], scores.top1)
+        return {"test_top1": scores.top1, "test_top5": scores.top5}
+
+    def _finish(self, last: Mapping[str, Any]) -> dict[str, Any]:
+        metrics = {
+            "test_top1": last["test_top1"],
+            "test_top5": last["test_top5"],
+            "best_test_top1": self.history["best_test_top1"],
+            "best_test_top1_note": "optimistic: the epoch was chosen on the test set",
+            "chance_top1": 1 / len(self.classes),
+            "num_classes": len(self.classes),
+            "epochs": self.epoch,
+            "seconds": self.history["seconds"],
+            "method": self.config.method,
+            "backbone": self.config.backbone,
+            "dataset": self.config.dataset,
+            "seed": self.config.seed,
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "skipped_images": len(self.train_images.skipped) + len(self.test_images.skipped),
+        }
+        if self.world.main:
+            self.folder.finish(metrics)
+        return metrics
+
+    def _build_model(self, fresh: bool) -> Classifier:
+        config = self.config
+        model = build_model(
+            config.method,
+            len(self.classes),
+            config.backbone,
+            # A resumed run takes its weights from the checkpoint.
+            config.weights if fresh else "none",
+            pooled=config.pooled,
+            embedding_dim=config.embedding_dim,
+            backend=config.model_backend,
+        )
+        return model.to(self.device, memory_format=self.memory_format)  # type: ignore[call-overload]
+
+    def _restore(self, resumed: Checkpoint) -> None:
+        path, ours = self.folder.checkpoint, dataclasses.asdict(self.config)
+        for name, value in resumed.settings.items():
+            if name not in _FREE_ON_RESUME and ours.get(name) != value:
+                raise CheckpointError(
+                    f"--resume: {path} was trained with {name} = {value}, not {ours.get(name)}"
+                )
+        if resumed.classes != self.classes:
+            raise CheckpointError(
+                f"--resume: {path} knows {resumed.num_classes} classes, the dataset has "
+                f"{len(self.classes)}, or the same under other names"
+            )
+        checkpoints.load_weights(self.model, resumed.model, path)
+        self.optimizer.load_state_dict(resumed.optimizer)
+        self.schedule.load_state_dict(resumed.schedule)
+        torch.set_rng_state(resumed.rng)
+        self.epoch = resumed.epoch
+        self.history = dict(resumed.history)
+
+    def _parallel(self) -> nn.Module:
+        module: nn.Module = self.model
+        if self.world.size > 1:
+            module = nn.parallel.DistributedDataParallel(
+                module, device_ids=[self.device] if self.device.type == "cuda" else None
+            )
+        return torch.compile(module) if self.config.compile else module  # type: ignore[return-value]
+
+    def _train_loader(self) -> DataLoader[Any]:
+        return DataLoader(
+            SeededImages(self.train_images),
+            batch_sampler=self.batches,
+            num_workers=self.config.workers,
+            pin_memory=self.device.type == "cuda",
+            persistent_workers=self.config.workers > 0,
+        )
+
+    def _test_loader(self) -> DataLoader[Any]:
+        mine = range(self.world.rank, len(self.test_images), self.world.size)
+        return DataLoader(
+            Subset(self.test_images, mine),
+            batch_size=self.config.eval_batch_size,
+            num_workers=self.config.workers,
+            pin_memory=self.device.type == "cuda",
+            persistent_workers=self.config.workers > 0,
+        )
+
+    def _amp_dtype(self) -> torch.dtype | None:
+        name = self.config.amp
+        if name == "auto":
+            name = "bf16" if self.device.type == "cuda" else "none"
+        return {"bf16": torch.bfloat16, "fp16": torch.float16, "none": None}[name]
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        dtype = self._amp_dtype()
+        return torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None)
+
+    def _check_finite(self, pending: tuple[Tensor, Tensor] | None) -> None:
+        if pending is None or math.isfinite(pending[0].item()):
+            return
+        names = "\n  ".join(self.train_images.name(i) for i in pending[1].tolist())
+        kept = self.folder.checkpoint
+        left = f"{kept} holds the epoch before" if kept.exists() else "there is no checkpoint yet"
+        raise TrainingError(
+            f"the loss became {pending[0].item()} in epoch {self.epoch + 1}; a lower --lr or a "
+            f"--clip-norm is the usual cure; {left}; the batch was:\n  {names}"
+        )
+
+    @contextlib.contextmanager
+    def _profiler(self) -> Iterator[Callable[[], None]]:
+        if not (self.config.profile and self.world.main and self.epoch == 0):
+            yield lambda: None
+            return
+        from torch.profiler import profile, schedule
+
+        path = self.folder.path / "trace.json"
+        with profile(
+            schedule=schedule(wait=1, warmup=1, active=_PROFILED_STEPS),
+            on_trace_ready=lambda profiler: profiler.export_chrome_trace(str(path)),
+        ) as profiler:
+            yield profiler.step
+
+
+def _check_image_size(config: TrainConfig) -> None:
+    stride = stride_of(config.backbone)
+    if config.image_size < stride:
+        raise ValueError(
+            f"--image-size: {config.image_size} is smaller than the stride of {config.backbone} "
+            f"({stride}): its map would be empty"
+        )
+
+
+def _dataset(config: TrainConfig, *, train: bool) -> ImageDataset:
+    return build_dataset(
+        config.dataset,
+        Path(config.data_root) if config.data_root else None,
+        train=train,
+        image_size=config.image_size,
+        skip_bad_images=config.skip_bad_images,
+        # The pictures of the synthetic set do not change with the seed of a run.
+        seed=0,
+    )

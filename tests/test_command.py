@@ -1,0 +1,145 @@
+"""Every command: an error is one line that names the thing and the fix, never a traceback."""
+
+import signal
+
+import pytest
+import torch
+from small_run import arguments
+from torch.utils.data import DataLoader, Dataset
+
+from cin_fast import command
+from cin_fast.config import TrainConfig
+from cin_fast.data.cli import main as data
+from cin_fast.evaluate import main as evaluate
+from cin_fast.export import main as export
+from cin_fast.predict import main as predict
+from cin_fast.reproduce import main as reproduce
+from cin_fast.train import main as train
+from cin_fast.visualize import main as visualize
+
+COMMANDS = {
+    "train": train, "eval": evaluate, "predict": predict, "visualize": visualize, "data": data,
+    "export": export, "reproduce": reproduce,
+}  # fmt: skip
+
+
+def outcome(capsys, error, **options):
+    def body():
+        raise error
+
+    code = command.run("cin-fast-x", body, **options)
+    captured = capsys.readouterr().err
+    assert captured.count("\n") == 1
+    return code, captured.removeprefix("cin-fast-x: error: ").strip()
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (ValueError("--lr: expected above 0"), "--lr: expected above 0"),
+        (OSError(28, "No space left on device", "runs/a"), "runs/a: No space left on device"),
+        (FileNotFoundError("weights: no file w.pt"), "weights: no file w.pt"),
+        (ImportError("ONNX needs onnx"), "ONNX needs onnx"),
+        (torch.OutOfMemoryError("CUDA out of memory.\nTried"), "out of memory (CUDA out of memory"),
+        (MemoryError(), "out of memory (out of memory); try a smaller --image-size"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "out of memory ("),
+        (RuntimeError("DataLoader worker (pid 1) is killed"), "a process that loads images died"),
+    ],
+)
+def test_an_error_is_one_line(capsys, error, message):
+    code, line = outcome(capsys, error)
+    assert code == 2
+    assert line.startswith(message)
+
+
+def test_a_stop_says_how_to_go_on(capsys):
+    assert outcome(capsys, KeyboardInterrupt(), interrupted="go on with x") == (130, "go on with x")
+
+
+def test_sigterm_is_a_stop(capsys):
+    def body():
+        signal.raise_signal(signal.SIGTERM)
+        return 0
+
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        assert command.run("cin-fast-x", body) == 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_an_error_of_ours_keeps_its_traceback():
+    def body():
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    with pytest.raises(RuntimeError, match="mat1"):
+        command.run("cin-fast-x", body)
+
+
+class Broken(Dataset):
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        raise ValueError("a.jpg is truncated; replace it")
+
+
+def test_what_a_data_worker_says_comes_without_its_traceback(capsys):
+    code = command.run("cin-fast-x", lambda: len(list(DataLoader(Broken(), num_workers=1))))
+    assert code == 2
+    assert capsys.readouterr().err == "cin-fast-x: error: a.jpg is truncated; replace it\n"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_is_worth_reading(capsys, name):
+    with pytest.raises(SystemExit) as caught:
+        COMMANDS[name](["--help"])
+    text = capsys.readouterr().out
+    assert caught.value.code == 0
+    assert text.startswith(f"usage: cin-fast-{name}")
+    # What it does, in a sentence, stands before the options.
+    assert "." in text.partition("\n\n")[2].partition("\n\n")[0]
+
+
+@pytest.fixture(scope="module")
+def run(images, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    assert train(arguments(images, folder, epochs=1)) == 0
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "argv", "message"),
+    [
+        ("predict", ["--top", "0", "IMAGE"], "--top: expected 1 or more, found 0"),
+        ("eval", ["--batch-size", "0"], "--batch-size: expected 1 or more, found 0"),
+        ("eval", ["--workers", "-1"], "--workers: expected 0 or more, found -1"),
+        ("eval", ["--output", "IMAGE"], "File exists"),
+        ("eval", ["--dataset", "synthetic"], "knows 3 classes, the dataset has 12"),
+        ("visualize", ["--device", "abacus", "IMAGE"], "--device: expected auto, cpu, cuda"),
+        ("visualize", ["--device", "meta", "IMAGE"], "--device: expected auto, cpu, cuda"),
+        ("visualize", ["--output", "IMAGE", "IMAGE"], "File exists"),
+        ("predict", ["FOLDER"], "is a folder"),
+        ("export", ["--output", "a.txt"], "expected .onnx or .pt2, found 'a.txt'"),
+        ("export", ["--output", "IMAGE/a.onnx"], "File exists"),
+    ],
+)
+def test_wrong_arguments_after_training(run, images, capsys, name, argv, message):
+    picture = str(images / "test" / "red" / "0.png")
+    argv = [a.replace("IMAGE", picture).replace("FOLDER", str(images)) for a in argv]
+    checkpoint = ["--checkpoint", str(run)] if name in ("predict", "visualize") else [str(run)]
+    try:
+        code = COMMANDS[name]([*checkpoint, *argv])
+    except SystemExit as exit:
+        code = exit.code
+    error = capsys.readouterr().err
+    assert code == 2
+    assert message in error
+    assert "--skip-bad-images" not in error.splitlines()[-1]
+    assert "Traceback" not in error
+
+
+def test_a_seed_too_large_for_the_samplers_is_refused():
+    TrainConfig(seed=10**8)
+    with pytest.raises(ValueError, match="--seed: expected 0 to 100000000, found 100000001"):
+        TrainConfig(seed=10**8 + 1)
