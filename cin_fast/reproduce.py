@@ -171,6 +171,12 @@ def run(plan: Plan, world: World) -> tuple[list[Line], list[str]]:
     return table, failed
 
 
+def plain_of(row: str) -> str:
+    """The row of the plain backbone that ``row`` stands on."""
+    backbone = ROWS[row].backbone
+    return next(n for n, r in ROWS.items() if (r.method, r.backbone) == ("plain", backbone))
+
+
 def lines(plan: Plan) -> list[Line]:
     """The rows that have at least one finished run, without their costs."""
     found: list[Line] = []
@@ -217,12 +223,13 @@ def write_table(plan: Plan, table: Sequence[Line], failed: Sequence[str] = ()) -
 def markdown(plan: Plan, table: Sequence[Line], failed: Sequence[str] = ()) -> str:
     """The table with what is needed to repeat it, and the runs that did not come to their end."""
     rows = ["| " + " | ".join(_HEADER) + " |", "|" + " --- |" * len(_HEADER)]
-    plain = next((line for line in table if line.row == "plain"), None)
-    rows += ["| " + " | ".join(_cells(line, plain)) + " |" for line in table]
+    held = {line.row: line for line in table}
+    rows += ["| " + " | ".join(_cells(line, held.get(plain_of(line.row)))) + " |" for line in table]
     base, seeds = plan.base, " ".join(map(str, plan.seeds))
     notes = (
         f"Test top-1 in percent on {base.dataset}, mean and sample deviation over seeds {seeds}, "
         f"after {base.epochs} epochs at {base.image_size} pixels, weights: {base.weights}. "
+        "Plain is the same backbone alone. "
         f"Times: median of interleaved forward passes of 8 images on {device_name()}; the paper's "
         "are from a TITAN Xp. An operation is a multiplication or an addition. "
         f"Commit {git_commit()}; settings in table1.json."
@@ -267,7 +274,7 @@ def _cells(line: Line, plain: Line | None) -> list[str]:
             if plain and plain.cost
             else "",
         ]
-    return [*cells, f"{row.paper_ms / ROWS['plain'].paper_ms:.2f}"]
+    return [*cells, f"{row.paper_ms / ROWS[plain_of(line.row)].paper_ms:.2f}"]
 
 
 def _known(values: Sequence[float | None]) -> list[float]:

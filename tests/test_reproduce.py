@@ -128,6 +128,18 @@ def test_the_table_holds_means_deviations_and_ratios(tmp_path):
     ]  # fmt: skip
 
 
+def test_plain_is_the_rows_own_backbone(tmp_path):
+    plan, table = table_of(tmp_path, 10.0, 10.5)
+    cost = Cost(10**6, 10**9, 20.0)
+    table += [
+        Line("resnet101", "resnet101", (46.0, 46.0), (46.0, 46.0), cost),
+        Line("resnet101-cin", "resnet101 + CIN", (49.0, 49.0), (49.0, 49.0), cost),
+    ]
+    last = markdown(plan, table).splitlines()[5].strip("|").split("|")
+    # 49 - 46, 20 / 20, 27.2 / 22.4.
+    assert [last[i].strip() for i in (4, 8, 9)] == ["+3.00", "1.00", "1.21"]
+
+
 def test_a_row_without_all_seeds_says_so(tmp_path):
     plan, table = table_of(tmp_path, 1.0, 1.0)
     table[1] = dataclasses.replace(table[1], last=(None, 47.0), best=(None, 49.0), cost=None)
