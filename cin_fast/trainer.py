@@ -25,7 +25,7 @@ from cin_fast.distributed import World, pick_device
 from cin_fast.evaluate import Scores, score
 from cin_fast.losses import pair_counts
 from cin_fast.models import Classifier, build_model
-from cin_fast.models.backbones import stride_of
+from cin_fast.models.backbones import check_image_size
 from cin_fast.progress import EpochTotals, epoch_line
 from cin_fast.records import RunFolder
 
@@ -49,7 +49,7 @@ class Trainer:
         self.config = config
         self.world = world
         self.device = pick_device(config.device, world)
-        _check_image_size(config)
+        check_image_size(config.backbone, config.image_size)
         self.folder = RunFolder(config.output_folder)
         if world.main:
             self.folder.open(resume=config.resume, overwrite=config.overwrite)
@@ -348,15 +348,6 @@ class Trainer:
             on_trace_ready=lambda profiler: profiler.export_chrome_trace(str(path)),
         ) as profiler:
             yield profiler.step
-
-
-def _check_image_size(config: TrainConfig) -> None:
-    stride = stride_of(config.backbone)
-    if config.image_size < stride:
-        raise ValueError(
-            f"--image-size: {config.image_size} is smaller than the stride of {config.backbone} "
-            f"({stride}): its map would be empty"
-        )
 
 
 def _dataset(config: TrainConfig, *, train: bool) -> ImageDataset:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from cin_fast.models import CIN, METHODS, build_model
-from cin_fast.models.backbones import build_backbone, stride_of
+from cin_fast.models.backbones import build_backbone, check_image_size, stride_of
 
 PARTNER = torch.tensor([1, 0, 3, 2])
 
@@ -135,6 +135,25 @@ def test_any_timm_name_where_timm_is_installed():
     with torch.inference_mode():
         side = 64 // backbone.stride
         assert backbone(make_images(1, 64)).shape == (1, backbone.channels, side, side)
+
+
+def test_a_timm_transformer_with_its_channels_last():
+    pytest.importorskip("timm", reason="timm is not installed")
+    model = CIN(3, "swin_tiny_patch4_window7_224", embedding_dim=8).eval()
+    with torch.inference_mode():
+        assert model.backbone(make_images(1, 224)).shape == (1, 768, 7, 7)
+        assert model(make_images(2, 224)).shape == (2, 3)
+
+
+def test_a_size_that_a_backbone_does_not_take_is_refused():
+    check_image_size("resnet18", 32)
+    with pytest.raises(
+        ValueError, match=r"--image-size: 31 is smaller than the stride of resnet18"
+    ):
+        check_image_size("resnet18", 31)
+    pytest.importorskip("timm", reason="timm is not installed")
+    with pytest.raises(ValueError, match=r"--image-size: vit_.* does not take 48 pixels \(.*224"):
+        check_image_size("vit_tiny_patch16_224", 48)
 
 
 def test_unknown_names_are_refused():

@@ -28,10 +28,13 @@ class Backbone(nn.Module):
         self.body = body
         self.channels = channels
         self.stride = stride
+        # Some of timm's transformers put the channels last.
+        self.permuted = str(getattr(body, "output_fmt", "")).endswith("NHWC")
 
     def forward(self, images: Tensor) -> Tensor:
         features = self.body(images)
-        return features[-1] if isinstance(features, (list, tuple)) else features
+        x = features[-1] if isinstance(features, (list, tuple)) else features
+        return x.permute(0, 3, 1, 2) if self.permuted else x
 
 
 def build_backbone(name: str, pretrained: bool | str | Path | None = False) -> Backbone:
@@ -65,6 +68,32 @@ def stride_of(name: str) -> int:
     if name in VGGS:
         return 16
     return build_backbone(name).stride
+
+
+def check_image_size(name: str, image_size: int) -> None:
+    """Refuse, with ``ValueError``, images that a backbone makes no map of."""
+    if name in RESNETS or name in VGGS:
+        stride, reason = stride_of(name), ""
+    else:
+        backbone = build_backbone(name).eval()
+        stride, reason = backbone.stride, _refusal(backbone, image_size)
+    if image_size < stride:
+        raise ValueError(
+            f"--image-size: {image_size} is smaller than the stride of {name} ({stride}): its map "
+            "would be empty"
+        )
+    if reason:
+        raise ValueError(f"--image-size: {name} does not take {image_size} pixels ({reason})")
+
+
+@torch.inference_mode()
+def _refusal(backbone: Backbone, image_size: int) -> str:
+    # Many of timm's transformers are made for one size, and say so only when they run.
+    try:
+        backbone(torch.zeros(1, 3, image_size, image_size))
+    except (AssertionError, RuntimeError, ValueError) as error:
+        return " ".join(str(error).split())
+    return ""
 
 
 def weight_source(pretrained: bool | str | Path | None) -> str | None:
@@ -107,6 +136,8 @@ def _timm(name: str, source: str | None) -> Backbone:
     try:
         body = timm.create_model(name, pretrained=pretrained, features_only=True)
     except (OSError, RuntimeError) as error:
+        if not pretrained:
+            raise ValueError(f"backbone: timm's {name} gives no feature map ({error})") from error
         raise FileNotFoundError(
             f"ImageNet weights of timm's {name} could not be had ({error}); take a local weight "
             "file (--weights FILE) or none (--weights none)"
