@@ -1,5 +1,7 @@
 """Every method's model: shapes, any batch, both forms equal, one batch learnt by heart."""
 
+import copy
+
 import pytest
 import torch
 
@@ -59,6 +61,19 @@ def test_pooled_and_dense_are_equal(size):
     for name, pooled, dense in zip(names, *found, strict=True):
         error = ((pooled - dense).norm() / dense.norm()).item()
         assert error < 1e-5, f"{name}: {error}"
+
+
+@pytest.mark.parametrize("pooled", [True, False])
+def test_sci_cont_is_cin_with_eta_and_gamma_zero(cin, pooled):
+    cont = build_model("sci-cont", 7, "resnet18", embedding_dim=16, pooled=pooled).eval()
+    state = {name: t for name, t in cin.state_dict().items() if not name.startswith("cci.")}
+    cont.load_state_dict(state)
+    without_eta = copy.deepcopy(cin)
+    for parameter in without_eta.cci.psi.parameters():
+        torch.nn.init.zeros_(parameter)
+    images = make_images()
+    for found, expected in zip(cont(images, PARTNER), without_eta(images, PARTNER), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_phi_is_one_convolution_for_both_interactions(cin):
