@@ -74,6 +74,11 @@ def four_epochs(images, tmp_path_factory):
     return folder
 
 
+def test_the_learning_rate_is_halved_every_lr_step_epochs(four_epochs):
+    lines = [json.loads(s) for s in (four_epochs / "metrics.jsonl").read_text().splitlines()]
+    assert [line["lr"] for line in lines] == [0.001, 0.001, 0.0005, 0.0005]
+
+
 def test_two_and_two_epochs_are_four_to_the_bit(images, four_epochs, tmp_path):
     train(configs.parse(arguments(images, tmp_path, epochs=2, lr_step=2)))
     assert main(["--output", str(tmp_path), "--resume", "--epochs", "4"]) == 0
