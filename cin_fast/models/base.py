@@ -69,3 +69,26 @@ class Classifier(nn.Module):
     def loss(self, output: Any, labels: Tensor, partner: Tensor | None, margin: float) -> LossParts:
         """The loss of what :meth:`forward` returned for a training batch."""
         return LossParts(classification_loss(output, labels))
+
+
+class BlockClassifier(Classifier):
+    """A block between the backbone's map and its spatial mean: one after the last stage.
+
+    Args:
+        num_classes, backbone, pretrained: as for :class:`Classifier`.
+    """
+
+    block_class: ClassVar[type[nn.Module]]
+    """Called with the number of channels."""
+
+    def __init__(
+        self,
+        num_classes: int,
+        backbone: str = "resnet50",
+        pretrained: bool | str | Path | None = False,
+    ) -> None:
+        super().__init__(num_classes, backbone, pretrained)
+        self.block = self.block_class(self.backbone.channels)
+
+    def features(self, x_BCHW: Tensor) -> Tensor:
+        return self.block(x_BCHW).mean(dim=(2, 3))

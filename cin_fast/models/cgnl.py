@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from torch import Tensor, nn
 
-from cin_fast.models.base import Classifier
+from cin_fast.models.base import BlockClassifier
 
 
 class CompactGeneralizedNonLocal(nn.Module):
@@ -53,17 +51,7 @@ class CompactGeneralizedNonLocal(nn.Module):
         return self.norm(self.out(y_BIHW.to(x_BCHW.dtype))) + x_BCHW
 
 
-class CGNLNet(Classifier):
+class CGNLNet(BlockClassifier):
     """ResNet + CGNL: one block after the last stage."""
 
-    def __init__(
-        self,
-        num_classes: int,
-        backbone: str = "resnet50",
-        pretrained: bool | str | Path | None = False,
-    ) -> None:
-        super().__init__(num_classes, backbone, pretrained)
-        self.block = CompactGeneralizedNonLocal(self.backbone.channels)
-
-    def features(self, x_BCHW: Tensor) -> Tensor:
-        return self.block(x_BCHW).mean(dim=(2, 3))
+    block_class = CompactGeneralizedNonLocal

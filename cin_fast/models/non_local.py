@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cin_fast.models.base import Classifier
+from cin_fast.models.base import BlockClassifier
 
 
 class NonLocal(nn.Module):
@@ -41,17 +39,7 @@ class NonLocal(nn.Module):
         return self.norm(self.out(y_BIHW)) + x_BCHW
 
 
-class NonLocalNet(Classifier):
+class NonLocalNet(BlockClassifier):
     """ResNet + Non-local: one block after the last stage."""
 
-    def __init__(
-        self,
-        num_classes: int,
-        backbone: str = "resnet50",
-        pretrained: bool | str | Path | None = False,
-    ) -> None:
-        super().__init__(num_classes, backbone, pretrained)
-        self.block = NonLocal(self.backbone.channels)
-
-    def features(self, x_BCHW: Tensor) -> Tensor:
-        return self.block(x_BCHW).mean(dim=(2, 3))
+    block_class = NonLocal
