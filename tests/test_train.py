@@ -230,3 +230,10 @@ def test_the_model_takes_the_default_backend(images, tmp_path):
     config = configs.parse(arguments(images, tmp_path, epochs=1))
     trainer = Trainer(config, World(0, 1, 0))
     assert trainer.model.sci.backend is None
+
+
+def test_each_epoch_draws_its_own_batches(images, tmp_path):
+    trainer = Trainer(configs.parse(arguments(images, tmp_path, epochs=2)), World(0, 1, 0))
+    trainer.epoch = 1
+    trainer.train_epoch(trainer._train_loader())
+    assert trainer.batches.epoch == trainer.batches.pairs.epoch == 1

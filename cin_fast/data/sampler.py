@@ -61,8 +61,8 @@ class ClassBalancedPairSampler(Sampler[list[int]]):
             self.by_class.setdefault(label, []).append(index)
         if len(self.by_class) < classes_per_batch:
             raise ValueError(
-                f"classes per batch: {classes_per_batch} were asked for, but the dataset has "
-                f"images of {len(self.by_class)}"
+                f"--classes-per-batch: {classes_per_batch} were asked for, but the dataset has "
+                f"images of {len(self.by_class)} classes"
             )
         self.classes_per_batch = classes_per_batch
         self.images_per_class = images_per_class
