@@ -128,6 +128,8 @@ def nvcc_commands(folder: Path) -> dict[Path, list[str]]:
     plainest = min(chips, key=lambda chip: int(chip.rstrip("af")))
     targets.append(f"-gencode=arch=compute_{plainest},code=compute_{plainest}")
     flags = ["-O3", "-std=c++20", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Xptxas=-v"]
+    if "90a" in chips:  # wgmma exists there and nowhere else
+        flags.append("-DCIN_FAST_SM90A")
     return {
         folder / f"{source.name}.o": [
             *(str(cuda_home() / "bin" / "nvcc"), "-c", str(source), *flags, *targets),

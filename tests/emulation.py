@@ -50,8 +50,7 @@ def build(csrc: Path, folder: Path, only: str = "") -> Path:
     # Kernels alone are instrumented: each plain load and store then calls the emulation.
     sources = {
         **{path: ["-x", "c++", "-O1", "-fsanitize=thread"] for path in csrc.glob("cuda/*.cu")},
-        csrc / "emulation/runtime.cpp": ["-O2"],
-        csrc / "emulation/harness.cpp": ["-O1"],
+        **{path: ["-O2"] for path in csrc.glob("emulation/*.cpp")},
     }
     folder.mkdir(parents=True, exist_ok=True)
     objects = {source: folder / f"{source.name}.o" for source in sources}
@@ -71,11 +70,12 @@ def build(csrc: Path, folder: Path, only: str = "") -> Path:
 
 def build_probe(repository: Path, folder: Path) -> Path:
     """The probes of the PTX wrappers, over the emulation's wrappers."""
-    runtime = repository / "csrc/emulation/runtime.cpp"
+    emulation = repository / "csrc/emulation"
+    runtime = [str(path) for path in emulation.glob("*.cpp") if path.name != "harness.cpp"]
     probe = repository / "tests/ptx_probe.cu"
     library, kernels = folder / "libprobe.so", str(folder / "probe.o")
     run(["g++", *_FLAGS, "-x", "c++", "-O1", "-fsanitize=thread", "-c", str(probe), "-o", kernels])
-    run(["g++", *_FLAGS, "-shared", str(runtime), kernels, "-o", str(library), "-ldl"])
+    run(["g++", *_FLAGS, "-shared", *runtime, kernels, "-o", str(library), "-ldl"])
     return library
 
 
@@ -108,12 +108,16 @@ class Emulator:
         self._library.emulation_conflicts.restype = ctypes.c_long
         # How warps and blocks take turns: 0 forward, 1 backward, from 2 on a seed.
         self.order = 0
-        self.capability = AMPERE
         self.float32_products = "highest"
-        self.shared_limit = _SHARED_LIMIT[AMPERE]
+        self.choose(AMPERE)
         # Of the last call: cycles lost to bank conflicts, and the kernels that ran.
         self.conflicts = 0
         self.launched: list[str] = []
+
+    def choose(self, capability: int) -> None:
+        """Emulates a chip of this compute capability, times ten."""
+        self.capability = capability
+        self.shared_limit = _SHARED_LIMIT[capability]
 
     def register(self) -> torch.library.Library:
         """The operators stay registered for as long as the result lives."""

@@ -46,11 +46,16 @@ def library(repository: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def kernels(library: Path, repository: Path) -> list[Kernel]:
-    """ptxas's report lies beside each object."""
+def reports(library: Path, repository: Path) -> list[str]:
+    """ptxas's lie beside each object."""
     logs = sorted(repository.glob("build/temp*/csrc/cuda/*.log"), key=lambda p: p.stat().st_mtime)
     newest = {log.name: log for log in logs}
-    found = [kernel for log in newest.values() for kernel in parse(log.read_text())]
+    return [log.read_text() for log in newest.values()]
+
+
+@pytest.fixture(scope="module")
+def kernels(reports: list[str]) -> list[Kernel]:
+    found = [kernel for report in reports for kernel in parse(report)]
     chips = {kernel.chip for kernel in found}
     if not chips:
         pytest.skip("the build's reports are gone (rm -r build and build again)")
@@ -87,6 +92,7 @@ def test_every_kernel_is_compiled_for_every_chip(kernels: list[Kernel]) -> None:
                 assert re.search(rf"{stem}_kernel\w*{products}", names), (stem, products, chip)
         for what in ("forward", "backward", "terms"):
             assert len(re.findall(rf"\w+sci_resident_{what}_kernel\w+", names)) == 8, (what, chip)
+        assert len(re.findall(r"\w+sci_wgmma_forward_kernel\w+", names)) == 8, chip
 
 
 def test_nothing_spills(kernels: list[Kernel]) -> None:
@@ -97,6 +103,8 @@ def test_nothing_spills(kernels: list[Kernel]) -> None:
 def test_registers_suffice_for_a_block(kernels: list[Kernel]) -> None:
     for kernel in kernels:
         threads = 256 if "cci_" in kernel.name or "repack" in kernel.name else 128
+        if "wgmma" in kernel.name:
+            threads = 384
         assert kernel.registers * threads <= REGISTERS_OF_A_MULTIPROCESSOR, kernel
         assert kernel.registers <= 255, kernel
 
@@ -144,6 +152,22 @@ def test_products_use_the_units_they_mean(library: Path, products: str, chip: st
         assert PRODUCTS[products] in body, name
         assert COPIES_WITHOUT_WAITING in body, name
         assert ("HMMA" in body) == (products != "IeeeProducts"), name
+
+
+def test_warp_groups_use_the_units_they_mean(library: Path) -> None:
+    """On the chip that has them; for another, these kernels are empty and never launched."""
+    for (name, chip), body in machine_code(library).items():
+        if "wgmma" not in name:
+            continue
+        for instruction in ("HGMMA", "UTMALDG", "USETMAXREG", "SYNCS.PHASECHK"):
+            assert (instruction in body) == (chip == "sm_90a"), (name, chip, instruction)
+        assert "HMMA.16816" not in body, name
+
+
+def test_nothing_makes_wgmma_wait(reports: list[str]) -> None:
+    """ptxas says so where it cannot leave a wgmma under way, or ignores setmaxnreg."""
+    for report in reports:
+        assert not re.search(r"C75\d\d|serializ", report)
 
 
 def test_the_binary_names_no_unstable_symbol(library: Path) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from emulation import Emulator
+from emulation import HOPPER, Emulator
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -69,6 +69,30 @@ def test_sci_where_operands_fit(emulator: Emulator) -> None:
     x, _, dy = inputs("diffuse", (1, 70, 208), None, torch.bfloat16)
     check_sci("cuda", x, None, dy)
     assert "sci_resident_backward" in emulator.launched
+
+
+@pytest.mark.parametrize("columns", [None, 9])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", INPUT_KINDS)
+def test_sci_on_hopper(
+    emulator: Emulator, kind: str, dtype: torch.dtype, columns: int | None
+) -> None:
+    """Warp groups, bulk tensor copies and wgmma."""
+    emulator.choose(HOPPER)
+    for shape in SHAPES:
+        x, v, dy = inputs(kind, shape, columns, dtype)
+        ops.sci(x, v, backend="cuda")
+        assert shape[0] == 0 or "sci_wgmma_forward" in emulator.launched
+        check_sci("cuda", x, v, dy)
+
+
+@pytest.mark.parametrize("columns", [None, 9])
+def test_sci_on_hopper_goes_round_the_ring(emulator: Emulator, columns: int | None) -> None:
+    """More tiles of columns than stages hold, several blocks."""
+    emulator.choose(HOPPER)
+    for shape in ((1, 430, 64), (1, 530, 208)):
+        x, v, dy = inputs("diffuse", shape, columns, torch.bfloat16)
+        check_sci("cuda", x, v, dy)
 
 
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES)

@@ -65,7 +65,7 @@ MUTATIONS = (
         "race",
     ),
     Mutation(
-        "mirror image unmasked", "sci.cuh", "p_mirrored * (dp_mirrored", "p * (dp_mirrored", "error"
+        "mirror image unmasked", "sci.cuh", "p_mirrored * minus_delta", "p * minus_delta", "error"
     ),
     Mutation(
         "exchange overwritten",

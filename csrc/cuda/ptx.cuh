@@ -6,11 +6,18 @@
 #include "../emulation/ptx.h"
 #else
 
+#include <cuda.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <type_traits>
+
+// Whether this pass of the compiler makes code for the one chip that has wgmma.
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+#define CIN_FAST_WGMMA
+#endif
 
 namespace ptx {
 
@@ -106,9 +113,196 @@ __device__ __forceinline__ uint32_t pack(__half low, __half high) {
   return __half_as_ushort(low) | static_cast<uint32_t>(__half_as_ushort(high)) << 16;
 }
 
+// What follows is sm_90a's own.
+
+// Numbered as in wgmma's descriptors. 16-byte pieces trade places within 8 rows of 128 bytes, or of
+// 32: address bits 7 to 9 are added to bits 4 to 6 (bit 7 to bit 4), modulo 2.
+enum class Swizzle { k128Bytes = 1, k32Bytes = 3 };
+
+// What a bulk tensor copy knows of a tensor in global memory: made by encode_tensor_map().
+using TensorMap = CUtensorMap;
+
+__device__ __forceinline__ void mbarrier_init(uint64_t* barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;\n" ::"r"(shared_address(barrier)),
+               "r"(arrivals)
+               : "memory");
+}
+
+// Makes the thread's mbarrier_init visible to bulk copies.
+__device__ __forceinline__ void fence_mbarrier_init() {
+  asm volatile("fence.mbarrier_init.release.cluster;\n" ::: "memory");
+}
+
+__device__ __forceinline__ void mbarrier_arrive(uint64_t* barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];\n" ::"r"(shared_address(barrier))
+               : "memory");
+}
+
+// Arrives, and lets the phase wait for that many bytes of bulk copies too.
+__device__ __forceinline__ void mbarrier_arrive_expect(uint64_t* barrier, int bytes) {
+  asm volatile(
+      "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;\n" ::"r"(shared_address(barrier)),
+      "r"(bytes)
+      : "memory");
+}
+
+// Waits for the end of the phase of that parity: of the first phase it is 0.
+__device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, int parity) {
+  asm volatile(
+      "{\n"
+      ".reg .pred over;\n"
+      "again: mbarrier.try_wait.parity.shared::cta.b64 over, [%0], %1;\n"
+      "@!over bra again;\n"
+      "}\n" ::"r"(shared_address(barrier)),
+      "r"(parity)
+      : "memory");
+}
+
+// Copies the map's box at (column, row, image) into shared memory, zeros beyond the tensor's edges;
+// the barrier hears of every byte.
+__device__ __forceinline__ void bulk_copy_3d(void* destination, const TensorMap* map,
+                                             uint64_t* barrier, int column, int row, int image) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%3, %4, %5}], [%2];\n" ::"r"(shared_address(destination)),
+      "l"(map), "r"(shared_address(barrier)), "r"(column), "r"(row), "r"(image)
+      : "memory");
+}
+
+// Makes this thread's ordinary stores to shared memory visible to wgmma and bulk copies.
+__device__ __forceinline__ void fence_proxy_async() {
+  asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory");
+}
+
+// Moves registers from warp groups that need few to those that need many.
+template <int kRegisters>
+__device__ __forceinline__ void setmaxnreg_dec() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;\n" ::"n"(kRegisters));
+}
+
+template <int kRegisters>
+__device__ __forceinline__ void setmaxnreg_inc() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;\n" ::"n"(kRegisters));
+}
+
+// Before the first wgmma, and whenever registers that the next one uses were written.
+__device__ __forceinline__ void wgmma_fence() {
+  asm volatile("wgmma.fence.sync.aligned;\n" ::: "memory");
+}
+
+__device__ __forceinline__ void wgmma_commit() {
+  asm volatile("wgmma.commit_group.sync.aligned;\n" ::: "memory");
+}
+
+// Waits until at most kPending committed groups of wgmma are under way.
+template <int kPending>
+__device__ __forceinline__ void wgmma_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;\n" ::"n"(kPending) : "memory");
+}
+
+// Placeholders %0 to %(n-1), and the operands that they stand for.
+#define TEN(t)                                                                                     \
+  "%" #t "0, %" #t "1, %" #t "2, %" #t "3, %" #t "4, %" #t "5, %" #t "6, %" #t "7, %" #t "8, %" #t \
+  "9"
+#define NAMES_8 "%0, %1, %2, %3, %4, %5, %6, %7"
+#define NAMES_16 TEN() ", %10, %11, %12, %13, %14, %15"
+#define NAMES_32 TEN() ", " TEN(1) ", " TEN(2) ", %30, %31"
+#define NAMES_64 NAMES_60 ", %60, %61, %62, %63"
+#define NAMES_60 TEN() ", " TEN(1) ", " TEN(2) ", " TEN(3) ", " TEN(4) ", " TEN(5)
+#define NAMES_96 NAMES_60 ", " TEN(6) ", " TEN(7) ", " TEN(8) ", %90, %91, %92, %93, %94, %95"
+#define SUMS_4(n) "+f"(d[n][0]), "+f"(d[n][1]), "+f"(d[n][2]), "+f"(d[n][3])
+#define SUMS_8(n) SUMS_4(n), SUMS_4(n + 1)
+#define SUMS_16(n) SUMS_8(n), SUMS_8(n + 2)
+#define SUMS_32(n) SUMS_16(n), SUMS_16(n + 4)
+#define SUMS_64(n) SUMS_32(n), SUMS_32(n + 8)
+#define SUMS_96(n) SUMS_64(n), SUMS_32(n + 16)
+
+// D (64 x kColumns) (+)= A (64 x 16) B (16 x kColumns); a lane holds D as mma.sync's, its warp
+// sixteen rows. In wgmma_ss descriptors give A's rows and B's columns, sixteen elements each; in
+// wgmma_rs A is in registers as mma.sync's, and the descriptor gives B's rows.
+template <class T, int kColumns>
+__device__ void wgmma_ss(float (*d)[4], uint64_t a, uint64_t b, bool accumulate);
+template <class T, int kColumns>
+__device__ void wgmma_rs(float (*d)[4], const uint32_t (&a)[4], uint64_t b);
+
+#define WGMMA_SS(T, TYPE, N, SUMS, A, B, ACCUMULATE)                                    \
+  template <>                                                                           \
+  __device__ __forceinline__ void wgmma_ss<T, N>(float (*d)[4], uint64_t a, uint64_t b, \
+                                                 bool accumulate) {                     \
+    asm volatile("{\n.reg .pred accumulate;\nsetp.ne.b32 accumulate, %" #ACCUMULATE     \
+                 ", 0;\n"                                                               \
+                 "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE        \
+                 "\n{" NAMES_##SUMS "}, %" #A ", %" #B ", accumulate, 1, 1, 0, 0;\n}\n" \
+                 : SUMS_##SUMS(0)                                                       \
+                 : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));                  \
+  }
+#define WGMMA_RS(T, TYPE, N, SUMS, A0, A1, A2, A3, B)                                   \
+  template <>                                                                           \
+  __device__ __forceinline__ void wgmma_rs<T, N>(float (*d)[4], const uint32_t (&a)[4], \
+                                                 uint64_t b) {                          \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE        \
+                 "\n{" NAMES_##SUMS "}, {%" #A0 ", %" #A1 ", %" #A2 ", %" #A3 "}, %" #B \
+                                    ", 1, 1, 1, 1;\n"                                   \
+                 : SUMS_##SUMS(0)                                                       \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                 \
+  }
+#define WGMMA(T, TYPE)                          \
+  WGMMA_SS(T, TYPE, 32, 16, 16, 17, 18)         \
+  WGMMA_SS(T, TYPE, 64, 32, 32, 33, 34)         \
+  WGMMA_SS(T, TYPE, 128, 64, 64, 65, 66)        \
+  WGMMA_RS(T, TYPE, 16, 8, 8, 9, 10, 11, 12)    \
+  WGMMA_RS(T, TYPE, 64, 32, 32, 33, 34, 35, 36) \
+  WGMMA_RS(T, TYPE, 192, 96, 96, 97, 98, 99, 100)
+WGMMA(__nv_bfloat16, "bf16")
+WGMMA(__half, "f16")
+#undef WGMMA
+#undef WGMMA_RS
+#undef WGMMA_SS
+#undef SUMS_96
+#undef SUMS_64
+#undef SUMS_32
+#undef SUMS_16
+#undef SUMS_8
+#undef SUMS_4
+#undef NAMES_96
+#undef NAMES_60
+#undef NAMES_64
+#undef NAMES_32
+#undef NAMES_16
+#undef NAMES_8
+#undef TEN
+
 }  // namespace ptx
 
-// Pieces of the block's dynamic shared memory, each aligned to 128 bytes.
+// Of (images, rows, columns) elements, rows `pitch` elements apart: both they and the tensor start
+// on 16 bytes. A copy takes box_rows x box_columns of one image.
+template <class T>
+cudaError_t encode_tensor_map(ptx::TensorMap* map, const T* data, int images, int rows, int columns,
+                              int64_t pitch, int box_rows, int box_columns, ptx::Swizzle swizzle) {
+  // The driver's function, found at run time: a machine without a driver can load this library.
+  void* found = nullptr;
+  cudaDriverEntryPointQueryResult status;
+  const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found,
+                                                             12000, cudaEnableDefault, &status);
+  if (error != cudaSuccess) return error;
+  if (status != cudaDriverEntryPointSuccess) return cudaErrorNotSupported;
+  const cuuint64_t extents[3] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows),
+                                 static_cast<cuuint64_t>(images)};
+  const cuuint64_t strides[2] = {pitch * sizeof(T), rows * pitch * sizeof(T)};
+  const cuuint32_t box[3] = {static_cast<cuuint32_t>(box_columns),
+                             static_cast<cuuint32_t>(box_rows), 1};
+  const cuuint32_t steps[3] = {1, 1, 1};
+  const bool is_half = std::is_same<T, __half>::value;
+  const auto encode = reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(found);
+  const CUresult result = encode(
+      map, is_half ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3,
+      const_cast<T*>(data), extents, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+      swizzle == ptx::Swizzle::k128Bytes ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_32B,
+      CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+// Pieces of the block's dynamic shared memory, each aligned to 128 bytes, the first to 1,024.
 struct SharedMemory {
   unsigned char* next;
 

@@ -110,9 +110,8 @@ __global__ void __launch_bounds__(kGroupThreads)
   const bool for_dv = static_cast<int>(blockIdx.y) >= dx_chunks;
   const int chunk = (for_dv ? blockIdx.y - dx_chunks : blockIdx.y) * kChunkWidth;
   const Matrix<T> x = p.x.image(image), v = p.v.image(image), dy = p.dy.image(image);
-  const RowTerms* terms = p.terms + image * x.rows;
-  const RowTerms of_rows[2] = {load_terms(terms, row + lane_row(), x.rows),
-                               load_terms(terms, row + lane_row() + 8, x.rows)};
+  const RowTerms* terms = p.terms + image * padded_rows(x.rows);
+  const RowTerms of_rows[2] = {terms[row + lane_row()], terms[row + lane_row() + 8]};
   SharedMemory shared;
   Stream<Products, kBackwardWidth> stream(shared);
   T* first = shared.take<T>(Tiles::kTile);
@@ -139,8 +138,7 @@ __global__ void __launch_bounds__(kGroupThreads)
       stream.product(dp, dy, row, v, column);
       stream.product(dp_mirrored, v, row, dy, column);
     }
-    softmax_gradient<Products>(s, dp, dp_mirrored, of_rows, terms, column, x.rows, p.scale,
-                               p.factor);
+    softmax_gradient<Products>(s, dp, dp_mirrored, of_rows, terms + column, p.scale, p.factor);
     if (for_dv)
       Products::nn(acc, s, first, Tiles::kPitch);
     else
@@ -187,8 +185,10 @@ cudaError_t launch_terms(const Context& context, const Shape& shape,
 template <class Products>
 cudaError_t forward(const Context& context, const Shape& shape, bool tied,
                     const ForwardParameters<typename Products::Element>& p) {
-  if constexpr (sizeof(typename Products::Element) == 2)
+  if constexpr (sizeof(typename Products::Element) == 2) {
+    if (is_wgmma(context, shape, tied)) return wgmma_forward(context, shape, tied, p);
     if (is_resident(context, shape, tied)) return resident_forward(context, shape, tied, p);
+  }
   return p.columns <= kThin ? launch_forward<Products, kThin>(context, shape, p)
                             : launch_forward<Products, kChunk<Products>>(context, shape, p);
 }
@@ -237,7 +237,7 @@ cudaError_t sci_backward(const Context& context, Dtype dtype, const Shape& shape
   return with_products(context, dtype, [&](auto products) {
     using Products = decltype(products);
     using T = typename Products::Element;
-    const size_t rows = static_cast<size_t>(shape.batch) * shape.channels;
+    const size_t rows = static_cast<size_t>(shape.batch) * sci::padded_rows(shape.channels);
     auto* terms = static_cast<RowTerms*>(context.allocate(context.owner, rows * sizeof(RowTerms)));
     sci::BackwardParameters<T> p{};
     p.terms = terms;

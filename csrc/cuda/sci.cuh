@@ -15,6 +15,10 @@ struct ForwardParameters {
   float factor;
 };
 
+// Images' row terms lie this far apart; what is no row has a divisor of 0, so that tiles need not
+// ask where the rows end.
+__host__ __device__ constexpr int padded_rows(int rows) { return round_up(rows, 2 * kBlockRows); }
+
 template <class T>
 struct TermsParameters {
   Batch<T> dy, x, v;
@@ -63,8 +67,10 @@ struct RowSums {
     for (int half = 0; half < 2; ++half) {
       const auto total = quad_sum(delta[half]) / sum[half];
       const int r = row + lane_row() + half * 8;
-      if (r < rows && lane_id() % 4 == 0)
-        p.terms[image * rows + r] = row_terms(peak[half], Products::divisor(sum[half]), total);
+      if (lane_id() % 4) continue;
+      p.terms[image * padded_rows(rows) + r] =
+          r < rows ? row_terms(peak[half], Products::divisor(sum[half]), total)
+                   : make_float4(0.f, 0.f, 0.f, 0.f);
     }
   }
 };
@@ -83,21 +89,25 @@ struct BackwardParameters {
 template <class Products, int N>
 __device__ void softmax_gradient(float (&s)[N][4], float (&dp)[N][4],
                                  const float (&dp_mirrored)[N][4], const RowTerms (&rows)[2],
-                                 const RowTerms* terms, int column, int channels, float scale,
-                                 float factor) {
+                                 const RowTerms* of_columns, float scale, float factor) {
+  of_columns += lane_column();
 #pragma unroll
   for (int n = 0; n < N; ++n) {
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
-      const RowTerms of_column = load_terms(terms, column + n * 8 + lane_column() + e, channels);
+      const RowTerms of_column = of_columns[n * 8 + e];
+      const bool exists = of_column.y > 0.f;
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int i = 2 * half + e;
-        const float p = of_column.y > 0.f ? weight<Products>(s[n][i], factor, rows[half]) : 0.f;
-        const float p_mirrored =
-            of_column.y > 0.f ? weight<Products>(s[n][i], factor, of_column) : 0.f;
-        dp[n][i] = scale * (p * (dp[n][i] - rows[half].z - rows[half].w) +
-                            p_mirrored * (dp_mirrored[n][i] - of_column.z - of_column.w));
+        // Chosen before and after the exponential, not around it: that would be a branch.
+        const float exponent = (s[n][i] - rows[half].x) * factor;
+        const float p =
+            Products::over(Products::exponential(exists ? exponent : -INFINITY), rows[half].y);
+        const float mirrored = weight<Products>(s[n][i], factor, of_column);
+        const float p_mirrored = exists ? mirrored : 0.f;
+        dp[n][i] = scale * (p * minus_delta<Products>(dp[n][i], rows[half]) +
+                            p_mirrored * minus_delta<Products>(dp_mirrored[n][i], of_column));
         s[n][i] = p_mirrored;
       }
     }
@@ -116,6 +126,12 @@ cudaError_t resident_terms(const Context& context, const Shape& shape, bool tied
 template <class T>
 cudaError_t resident_backward(const Context& context, const Shape& shape, bool tied,
                               const BackwardParameters<T>& parameters);
+
+// The forward pass of the same on sm_90a, where it was compiled for that.
+bool is_wgmma(const Context& context, const Shape& shape, bool tied);
+template <class T>
+cudaError_t wgmma_forward(const Context& context, const Shape& shape, bool tied,
+                          const ForwardParameters<T>& parameters);
 
 }  // namespace sci
 }  // namespace cin_fast

@@ -166,9 +166,8 @@ __global__ void __launch_bounds__(kGroupThreads)
   const Operand<T, kWidth, kValues> dy(shared, p.dy.image(image));
   const Operand<T, kWidth, kThin> v(shared, p.v.image(image), !kTied, !kTied);
   const int channels = x.from.rows;
-  const RowTerms* terms = p.terms + image * channels;
-  const RowTerms of_rows[2] = {load_terms(terms, row + lane_row(), channels),
-                               load_terms(terms, row + lane_row() + 8, channels)};
+  const RowTerms* terms = p.terms + image * padded_rows(channels);
+  const RowTerms of_rows[2] = {terms[row + lane_row()], terms[row + lane_row() + 8]};
 
   x.load_rows(row);
   dy.load_rows(row);
@@ -194,8 +193,7 @@ __global__ void __launch_bounds__(kGroupThreads)
       dy.product(dp, v, column);
       v.product(dp_mirrored, dy, column);
     }
-    softmax_gradient<Products>(s, dp, dp_mirrored, of_rows, terms, column, channels, p.scale,
-                               p.factor);
+    softmax_gradient<Products>(s, dp, dp_mirrored, of_rows, terms + column, p.scale, p.factor);
     Products::nn(acc, dp, x.tile(column), x.kPitch);
     if constexpr (kTied)
       Products::nn(acc, s, dy.tile(column), dy.kPitch);

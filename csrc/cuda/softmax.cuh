@@ -93,6 +93,13 @@ __device__ __forceinline__ RowTerms row_terms(float peak, float divisor, Number 
   return make_float4(peak, divisor, high, static_cast<float>(delta - high));
 }
 
+template <class Products>
+__device__ __forceinline__ float minus_delta(float dp, const RowTerms& terms) {
+  // Without a wider type of its own, the sum has no low part.
+  if constexpr (sizeof(typename Products::Wide) == sizeof(float)) return dp - terms.z;
+  return dp - terms.z - terms.w;
+}
+
 // A row that does not exist has y = 0.
 __device__ __forceinline__ RowTerms load_terms(const RowTerms* terms, int row, int rows) {
   return row < rows ? terms[row] : make_float4(0.f, 0.f, 0.f, 0.f);

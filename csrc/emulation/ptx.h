@@ -4,6 +4,9 @@
 
 #include "cuda.h"
 
+#define CIN_FAST_WGMMA
+#define CIN_FAST_SM90A
+
 namespace ptx {
 
 inline void cp_async_16(void* destination, const void* source, bool valid, EMULATION_SITE) {
@@ -107,6 +110,75 @@ inline void mma_m16n8k8_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32
   emulation::collective(emulation::Collective::kMma, ~0u, &operands, EMULATION_HERE);
 }
 
+// What follows is sm_90a's own.
+enum class Swizzle { k128Bytes = 1, k32Bytes = 3 };
+using TensorMap = emulation::TensorMap;
+
+inline uint32_t shared_address(const void* p) { return emulation::shared_address(p); }
+
+inline void mbarrier_init(uint64_t* barrier, int arrivals, EMULATION_SITE) {
+  emulation::mbarrier_init(barrier, arrivals, EMULATION_HERE);
+}
+
+inline void fence_mbarrier_init() { emulation::fence_mbarrier_init(); }
+
+inline void mbarrier_arrive(uint64_t* barrier, EMULATION_SITE) {
+  emulation::mbarrier_arrive(barrier, EMULATION_HERE);
+}
+
+inline void mbarrier_arrive_expect(uint64_t* barrier, int bytes, EMULATION_SITE) {
+  emulation::mbarrier_arrive_expect(barrier, bytes, EMULATION_HERE);
+}
+
+inline void mbarrier_wait(uint64_t* barrier, int parity, EMULATION_SITE) {
+  emulation::mbarrier_wait(barrier, parity, EMULATION_HERE);
+}
+
+inline void bulk_copy_3d(void* destination, const TensorMap* map, uint64_t* barrier, int column,
+                         int row, int image, EMULATION_SITE) {
+  emulation::bulk_copy(destination, *map, barrier, column, row, image, EMULATION_HERE);
+}
+
+inline void fence_proxy_async() { emulation::fence_proxy_async(); }
+
+template <int kRegisters>
+void setmaxnreg_dec(EMULATION_SITE) {
+  emulation::setmaxnreg(kRegisters, EMULATION_HERE);
+}
+
+template <int kRegisters>
+void setmaxnreg_inc(EMULATION_SITE) {
+  emulation::setmaxnreg(kRegisters, EMULATION_HERE);
+}
+
+inline void wgmma_fence() { emulation::wgmma_fence(); }
+inline void wgmma_commit() { emulation::wgmma_commit(); }
+
+template <int kPending>
+void wgmma_wait() {
+  emulation::wgmma_wait(kPending);
+}
+
+namespace detail {
+
+template <class T>
+float widen(uint16_t bits) {
+  return low(bits, T{});
+}
+
+}  // namespace detail
+
+template <class T, int kColumns>
+void wgmma_ss(float (*d)[4], uint64_t a, uint64_t b, bool accumulate, EMULATION_SITE) {
+  emulation::wgmma({d[0], nullptr, a, b, kColumns, accumulate, false, detail::widen<T>},
+                   EMULATION_HERE);
+}
+
+template <class T, int kColumns>
+void wgmma_rs(float (*d)[4], const uint32_t (&a)[4], uint64_t b, EMULATION_SITE) {
+  emulation::wgmma({d[0], a, 0, b, kColumns, true, true, detail::widen<T>}, EMULATION_HERE);
+}
+
 // To the nearest TF32 number, ties away from zero.
 inline uint32_t round_to_tf32(float value) {
   uint32_t bits;
@@ -129,3 +201,15 @@ inline uint32_t pack(__half low, __half high) {
 }
 
 }  // namespace ptx
+
+template <class T>
+cudaError_t encode_tensor_map(ptx::TensorMap* map, const T* data, int images, int rows, int columns,
+                              int64_t pitch, int box_rows, int box_columns, ptx::Swizzle swizzle) {
+  const int pieces = swizzle == ptx::Swizzle::k128Bytes ? 8 : 2;
+  // What cuTensorMapEncodeTiled refuses.
+  if (reinterpret_cast<uintptr_t>(data) % 16 || pitch % 8 || box_rows > 256 ||
+      box_columns > pieces * 8 || pitch < columns)
+    return cudaErrorInvalidValue;
+  *map = {data, images, rows, columns, pitch, box_rows, box_columns, pieces};
+  return cudaSuccess;
+}

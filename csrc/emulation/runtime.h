@@ -24,7 +24,7 @@ struct Site {
 };
 
 // Operations that a whole warp, or a warp group of four, performs together.
-enum class Collective { kSyncWarp, kShuffle, kLdmatrix, kLdmatrixTrans, kMma, kWgmma };
+enum class Collective { kSyncWarp, kShuffle, kLdmatrix, kLdmatrixTrans, kMma, kWgmma, kSetmaxnreg };
 
 struct Shuffle {
   uint64_t in, out;
@@ -44,6 +44,29 @@ struct Mma {
   void (*compute)(Mma* const* lanes);
 };
 
+// wgmma, by one of the 128 threads of a warp group.
+struct Wgmma {
+  float* d;
+  // The left operand: these registers, or shared memory as the descriptor says.
+  const uint32_t* a_registers;
+  uint64_t a, b;
+  int columns;
+  bool accumulate;
+  // Whether the product's depth runs down the rows of the right operand's memory, or along them.
+  bool b_down;
+  float (*widen)(uint16_t bits);
+};
+
+// A tensor of 16-bit elements in global memory, and the box of it that one bulk copy takes.
+struct TensorMap {
+  const void* data;
+  int images, rows, columns;
+  int64_t pitch;
+  int box_rows, box_columns;
+  // 16-byte pieces in a row of the swizzle.
+  int swizzle_pieces;
+};
+
 void collective(Collective kind, uint32_t mask, void* operands, Site site);
 void barrier(Site site);
 void* shared_memory(unsigned index, size_t bytes);
@@ -52,6 +75,24 @@ int lane();
 void cp_async(void* destination, const void* source, int bytes, bool valid, Site site);
 void cp_async_commit();
 void cp_async_wait(int pending);
+
+void mbarrier_init(const void* barrier, int arrivals, Site site);
+void fence_mbarrier_init();
+void mbarrier_arrive(const void* barrier, Site site);
+void mbarrier_arrive_expect(const void* barrier, int bytes, Site site);
+void mbarrier_wait(const void* barrier, int parity, Site site);
+void bulk_copy(void* destination, const TensorMap& map, const void* barrier, int column, int row,
+               int image, Site site);
+void fence_proxy_async();
+
+void wgmma(const Wgmma& product, Site site);
+void wgmma_fence();
+void wgmma_commit();
+void wgmma_wait(int pending);
+void setmaxnreg(int registers, Site site);
+
+// The address that kernels put into descriptors.
+uint32_t shared_address(const void* address);
 
 // An access that the compiler's instrumentation does not see.
 void check_access(const void* address, size_t bytes, bool write, const char* what, Site site);

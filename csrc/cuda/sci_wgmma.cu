@@ -1,0 +1,146 @@
+// sci on sm_90a, for what sci_resident.cu serves elsewhere: 16-bit operands, at most 208 positions,
+// v = x or at most 16 columns of v. A block owns 128 rows of one image. One warp group brings tiles
+// of columns into shared memory by bulk tensor copies; two multiply them by wgmma, 64 rows each.
+#include "sci.cuh"
+#include "warpgroup.cuh"
+
+namespace cin_fast {
+namespace sci {
+namespace {
+
+struct Maps {
+  TileMaps x, v;
+};
+
+// The image and the first row of a block.
+struct Place {
+  int image, row;
+
+  __device__ explicit Place(int row_blocks)
+      : image(blockIdx.x / row_blocks), row(blockIdx.x % row_blocks * kConsumerRows) {}
+};
+
+template <class T, int kColumns, bool kTied>
+struct ForwardTiles {
+  static constexpr int kWidth = 128, kStages = 3, kValues = kTied ? kColumns : kThin;
+  using Rows = Tile<T, kConsumerRows, kColumns>;
+  using X = Tile<T, kWidth, kColumns>;
+  using V = Tile<T, kWidth, kValues>;
+  static constexpr int kStageBytes = X::kBytes + (kTied ? 0 : V::kBytes);
+  static constexpr size_t kSharedBytes = shared_bytes(
+      {Rows::kBytes, kStages * size_t{kStageBytes}, Ring<kStages>::kBarriers * sizeof(uint64_t)});
+};
+
+template <class T, int kColumns, bool kTied>
+__global__ void __launch_bounds__(kPipelineThreads, 1)
+    sci_wgmma_forward_kernel(const __grid_constant__ Maps maps, ForwardParameters<T> p,
+                             int row_blocks) {
+#ifdef CIN_FAST_WGMMA
+  using Products = HalfProducts<T>;
+  using Tiles = ForwardTiles<T, kColumns, kTied>;
+  constexpr int kWidth = Tiles::kWidth, kStages = Tiles::kStages;
+  const Place block(row_blocks);
+  const int channels = p.x.rows, tiles = divide_up(channels, kWidth);
+  SharedMemory shared;
+  const auto rows = take_tile<typename Tiles::Rows>(shared);
+  const Stages<typename Tiles::X, kStages> x(shared);
+  const Stages<typename Tiles::V, kTied ? 0 : kStages> v(shared);
+  const Ring<kStages> ring(shared);
+
+  if (is_producer()) {
+    ptx::setmaxnreg_dec<kProducerRegisters>();
+    if (threadIdx.x > 0) return;
+    ptx::mbarrier_arrive_expect(ring.rows_full, rows.kBytes);
+    rows.load(maps.x, ring.rows_full, block.row, block.image);
+    for (int tile = 0; tile < tiles; ++tile) {
+      ring.refill(tile, Tiles::kStageBytes);
+      x[tile].load(maps.x, ring.full(tile), tile * kWidth, block.image);
+      if constexpr (!kTied) v[tile].load(maps.v, ring.full(tile), tile * kWidth, block.image);
+    }
+    return;
+  }
+
+  ptx::setmaxnreg_inc<kConsumerRegisters>();
+  const int own_row = consumer_row();
+  RunningSoftmax<Products> softmax(p.factor);
+  float acc[Tiles::kValues / 8][4] = {};
+  ptx::mbarrier_wait(ring.rows_full, 0);
+  for (int tile = 0; tile < tiles; ++tile) {
+    float s[kWidth / 8][4];
+    uint32_t weights[kWidth / 16][4];
+    ring.wait(tile);
+    ptx::wgmma_fence();
+#pragma unroll
+    for (int step = 0; step < kColumns / 16; ++step) step_nt(s, rows, own_row, x[tile], 0, step);
+    ptx::wgmma_commit();
+    ptx::wgmma_wait<0>();
+    softmax.update(s, acc, channels - tile * kWidth);
+    pack<T>(weights, s);
+    ptx::wgmma_fence();
+    if constexpr (kTied)
+      start_nn(acc, weights, x[tile]);
+    else
+      start_nn(acc, weights, v[tile]);
+    ptx::wgmma_commit();
+    ptx::wgmma_wait<0>();
+    ring.release(tile);
+  }
+  softmax.finish();
+  const int row = block.row + own_row;
+  const int64_t first = static_cast<int64_t>(block.image) * channels;
+  store_tile<Products>(p.y + first * p.columns, acc, Products::divisor(softmax.sum[0]),
+                       Products::divisor(softmax.sum[1]), row, channels, 0, p.columns);
+  softmax.store(p.row_max + first, p.row_sum + first, row, channels);
+#endif
+}
+
+constexpr int kNarrow = 64, kWide = 208;
+
+// Calls body<kColumns, kTied>() for the narrowest operands that hold the shape.
+template <class Body>
+cudaError_t with_columns(const Shape& shape, bool tied, const Body& body) {
+  if (shape.positions <= kNarrow)
+    return tied ? body.template operator()<kNarrow, true>()
+                : body.template operator()<kNarrow, false>();
+  return tied ? body.template operator()<kWide, true>() : body.template operator()<kWide, false>();
+}
+
+template <class... Parameters, class P>
+cudaError_t launch_row_blocks(const Context& context, const Shape& shape, const char* name,
+                              void (*kernel)(Parameters...), size_t shared_bytes, const Maps& maps,
+                              const P& p) {
+  const int row_blocks = divide_up(shape.channels, kConsumerRows);
+  return launch(context, name, kernel, dim3(shape.batch * row_blocks), kPipelineThreads,
+                shared_bytes, maps, p, row_blocks);
+}
+
+}  // namespace
+
+bool is_wgmma(const Context& context, const Shape& shape, bool tied) {
+#ifdef CIN_FAST_SM90A
+  return context.capability == 90 && shape.positions <= kWide && (tied || shape.columns <= kThin);
+#else
+  return false;
+#endif
+}
+
+template <class T>
+cudaError_t wgmma_forward(const Context& context, const Shape& shape, bool tied,
+                          const ForwardParameters<T>& p) {
+  Maps maps{};
+  CIN_FAST_RETURN_IF_ERROR(encode_tile_maps(&maps.x, p.x, shape.batch));
+  CIN_FAST_RETURN_IF_ERROR(encode_tile_maps(&maps.v, p.v, shape.batch));
+  return with_columns(shape, tied, [&]<int kColumns, bool kTied>() {
+    return launch_row_blocks(context, shape, "sci_wgmma_forward",
+                             sci_wgmma_forward_kernel<T, kColumns, kTied>,
+                             ForwardTiles<T, kColumns, kTied>::kSharedBytes, maps, p);
+  });
+}
+
+template cudaError_t wgmma_forward(const Context&, const Shape&, bool,
+                                   const ForwardParameters<__nv_bfloat16>&);
+template cudaError_t wgmma_forward(const Context&, const Shape&, bool,
+                                   const ForwardParameters<__half>&);
+
+}  // namespace sci
+}  // namespace cin_fast

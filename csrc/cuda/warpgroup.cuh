@@ -1,0 +1,194 @@
+// Tiles that bulk tensor copies write and wgmma reads, and how one warp group fills them while
+// others use them. For sm_90a.
+#pragma once
+
+#include "host.cuh"
+
+namespace cin_fast {
+
+// A warp group that copies, and those that multiply, 64 rows each.
+constexpr int kConsumers = 2;
+constexpr int kConsumerRows = kConsumers * kBlockRows;
+constexpr int kPipelineThreads = (1 + kConsumers) * kGroupThreads;
+// The block has 65,536 registers: 128 threads with 24, 256 with 240.
+constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
+
+__device__ __forceinline__ bool is_producer() { return threadIdx.x < kGroupThreads; }
+// The first of a consumer's rows among the block's. Through a shuffle, the compiler learns that it
+// is the warp's, not the thread's, and keeps what follows from it out of the threads' registers.
+__device__ __forceinline__ int consumer_row() {
+  return (__shfl_sync(~0u, static_cast<int>(threadIdx.x / kGroupThreads), 0) - 1) * kBlockRows;
+}
+
+// A panel is 64 columns of a tile, in rows of 128 bytes. What is left of 208 columns, and a thin
+// matrix, are 16 columns in rows of 32 bytes.
+constexpr int kPanelColumns = 64, kRestColumns = 16;
+// A bulk copy brings this many rows of a panel.
+constexpr int kBoxRows = 64;
+
+struct TileMaps {
+  ptx::TensorMap panels, rest;
+};
+
+template <class T>
+cudaError_t encode_tile_maps(TileMaps* maps, const Batch<T>& batch, int images) {
+  CIN_FAST_RETURN_IF_ERROR(encode_tensor_map(&maps->panels, batch.data, images, batch.rows,
+                                             batch.columns, batch.pitch, kBoxRows, kPanelColumns,
+                                             ptx::Swizzle::k128Bytes));
+  return encode_tensor_map(&maps->rest, batch.data, images, batch.rows, batch.columns, batch.pitch,
+                           kBoxRows, kRestColumns, ptx::Swizzle::k32Bytes);
+}
+
+// Tells wgmma where an operand starts and how far it is to its next parts, in bytes. A row of 16
+// elements along the product's depth lies in one row of a panel: `stride` leads to the next 8 rows.
+// Where the depth runs down the panel, `stride` leads to its next 8 rows and `leading` to the next
+// panel.
+__device__ __forceinline__ uint64_t operand(uint32_t base, int offset, ptx::Swizzle swizzle,
+                                            int stride, int leading) {
+  // Added up in this order, what differs between two operands of a tile is a constant.
+  const uint32_t low = (base >> 4) + ((leading >> 4 << 16) + (offset >> 4));
+  const uint32_t high = stride >> 4 | static_cast<uint32_t>(swizzle) << 30;
+  return static_cast<uint64_t>(high) << 32 | low;
+}
+
+// kRows x kColumns 16-bit elements. Every panel starts on 1,024 bytes, where the swizzle does.
+template <class T, int kRows_, int kColumns_>
+struct Tile {
+  static constexpr int kRows = kRows_, kColumns = kColumns_;
+  static constexpr int kPanels = kColumns / kPanelColumns;
+  static constexpr bool kHasRest = kColumns % kPanelColumns != 0;
+  static_assert(kRows % kBoxRows == 0, "whole boxes");
+  static_assert(kColumns % kPanelColumns == (kHasRest ? kRestColumns : 0), "whole panels");
+  static constexpr int kPanelRow = 128, kRestRow = 32;
+  static constexpr int kPanelBytes = kRows * kPanelRow;
+  static constexpr int kBytes = kPanels * kPanelBytes + (kHasRest ? kRows * kRestRow : 0);
+
+  unsigned char* data;
+
+  __device__ unsigned char* rest() const { return data + kPanels * kPanelBytes; }
+
+  // Starts the copy of rows `row` and on.
+  __device__ void load(const TileMaps& maps, uint64_t* barrier, int row, int image) const {
+    for (int r = 0; r < kRows; r += kBoxRows) {
+      for (int panel = 0; panel < kPanels; ++panel)
+        ptx::bulk_copy_3d(data + panel * kPanelBytes + r * kPanelRow, &maps.panels, barrier,
+                          panel * kPanelColumns, row + r, image);
+      if (kHasRest)
+        ptx::bulk_copy_3d(rest() + r * kRestRow, &maps.rest, barrier, kPanels * kPanelColumns,
+                          row + r, image);
+    }
+  }
+
+  // Columns 16 step to 16 step + 15 of the rows from `row` on, as depth of a product.
+  __device__ uint64_t along_rows(int row, int step) const {
+    const uint32_t base = ptx::shared_address(data);
+    const int panel = step / 4;
+    if (panel == kPanels)
+      return operand(base, kPanels * kPanelBytes + row * kRestRow, ptx::Swizzle::k32Bytes,
+                     8 * kRestRow, 16);
+    return operand(base, panel * kPanelBytes + row * kPanelRow + step % 4 * 32,
+                   ptx::Swizzle::k128Bytes, 8 * kPanelRow, 16);
+  }
+
+  // Rows 16 step to 16 step + 15 as depth: of the panels' columns, and of the rest's.
+  __device__ uint64_t down_panels(int step) const {
+    return operand(ptx::shared_address(data), step * 16 * kPanelRow, ptx::Swizzle::k128Bytes,
+                   8 * kPanelRow, kPanelBytes);
+  }
+  __device__ uint64_t down_rest(int step) const {
+    return operand(ptx::shared_address(data), kPanels * kPanelBytes + step * 16 * kRestRow,
+                   ptx::Swizzle::k32Bytes, 8 * kRestRow, 16);
+  }
+};
+
+// One step of s (64 x 8 N) = 64 of `rows`, from `row` on, times 8 N of `columns`, from `column` on,
+// transposed: the first starts the sum. The last ends when wgmma_wait says so.
+template <class T, int N, int kRows, int kWidth, int kColumns>
+__device__ __forceinline__ void step_nt(float (&s)[N][4], const Tile<T, kRows, kColumns>& rows,
+                                        int row, const Tile<T, kWidth, kColumns>& columns,
+                                        int column, int step) {
+  if (step < kColumns / 16)
+    ptx::wgmma_ss<T, 8 * N>(s, rows.along_rows(row, step), columns.along_rows(column, step),
+                            step > 0);
+}
+
+// acc (64 x kColumns) += p (64 x kWidth, packed) values. Ends when wgmma_wait says so.
+template <class T, int kWidth, int kColumns>
+__device__ __forceinline__ void start_nn(float (&acc)[kColumns / 8][4],
+                                         const uint32_t (&p)[kWidth / 16][4],
+                                         const Tile<T, kWidth, kColumns>& values) {
+  using Values = Tile<T, kWidth, kColumns>;
+#pragma unroll
+  for (int step = 0; step < kWidth / 16; ++step) {
+    if constexpr (Values::kPanels > 0)
+      ptx::wgmma_rs<T, Values::kPanels * kPanelColumns>(acc, p[step], values.down_panels(step));
+    if constexpr (Values::kHasRest)
+      ptx::wgmma_rs<T, kRestColumns>(acc + Values::kPanels * 8, p[step], values.down_rest(step));
+  }
+}
+
+// A product's result as the next one's left operand.
+template <class T, int N>
+__device__ __forceinline__ void pack(uint32_t (*packed)[4], const float (&p)[N][4]) {
+#pragma unroll
+  for (int n = 0; n < N; ++n) {
+    packed[n / 2][n % 2 * 2] = HalfProducts<T>::pair(p[n][0], p[n][1]);
+    packed[n / 2][n % 2 * 2 + 1] = HalfProducts<T>::pair(p[n][2], p[n][3]);
+  }
+}
+
+// kStages tiles of one operand in turn: `tile` counts on for ever.
+template <class Tile, int kStages>
+struct Stages {
+  unsigned char* data;
+
+  __device__ explicit Stages(SharedMemory& shared)
+      : data(shared.take<unsigned char>(kStages * Tile::kBytes)) {}
+
+  __device__ Tile operator[](int tile) const { return {data + tile % kStages * Tile::kBytes}; }
+};
+
+template <class Tile>
+__device__ __forceinline__ Tile take_tile(SharedMemory& shared) {
+  return {shared.take<unsigned char>(Tile::kBytes)};
+}
+
+// What the block's warp groups tell each other: that its rows have come, and for each of kStages
+// sets of tiles, which pass from the producer to all consumers and back, that it is full or empty.
+template <int kStages>
+struct Ring {
+  static constexpr int kBarriers = 1 + 2 * kStages;
+
+  uint64_t* rows_full;
+
+  // All threads of the block meet.
+  __device__ explicit Ring(SharedMemory& shared) : rows_full(shared.take<uint64_t>(kBarriers)) {
+    if (threadIdx.x == 0) {
+      ptx::mbarrier_init(rows_full, 1);
+      for (int stage = 0; stage < kStages; ++stage) {
+        ptx::mbarrier_init(full(stage), 1);
+        ptx::mbarrier_init(empty(stage), kConsumers * kGroupThreads / 32);
+      }
+      ptx::fence_mbarrier_init();
+    }
+    __syncthreads();
+  }
+
+  __device__ uint64_t* full(int tile) const { return rows_full + 1 + tile % kStages; }
+  __device__ uint64_t* empty(int tile) const { return full(tile) + kStages; }
+
+  // By the producer: waits until the consumers are done with what lay there, then expects bytes.
+  __device__ void refill(int tile, int bytes) const {
+    ptx::mbarrier_wait(empty(tile), (tile / kStages + 1) % 2);
+    ptx::mbarrier_arrive_expect(full(tile), bytes);
+  }
+
+  __device__ void wait(int tile) const { ptx::mbarrier_wait(full(tile), tile / kStages % 2); }
+
+  // By every warp of every consumer, once its wgmma on the tiles are finished.
+  __device__ void release(int tile) const {
+    if (lane_id() == 0) ptx::mbarrier_arrive(empty(tile));
+  }
+};
+
+}  // namespace cin_fast
