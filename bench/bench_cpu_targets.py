@@ -20,20 +20,16 @@ from pathlib import Path
 import bench_head
 import bench_models
 import bench_pair_head
+import bench_sci
 import pytest
 import torch
 from bench_models import ModelCase
 from cases import DEVICE, QUICK, Case
-from conftest import Comparison, Entry, Work
-from operators import CHECKED_IMAGES, Arguments, entry
-from rivals import Rival, eager_sci, sci_rivals
-from torch import Tensor
-from torch.nn import functional as F
+from compare import Comparison, Entry, Work
 
 from cin_fast.cost import sci_flops
 from cin_fast.info import device_name, versions
 from cin_fast.records import git_commit
-from cin_fast.testing import make_input
 
 OURS = "cpu"
 RESULTS = Path(__file__).parent / "results"
@@ -69,30 +65,6 @@ class Target:
         return re.sub(r"\W+", "-", self.name)
 
 
-def sdpa_sci(x_BCL: Tensor) -> Tensor:
-    """Attention over channels, with the head axis that the fused CPU kernel asks for."""
-    x = x_BCL.unsqueeze(1)
-    return F.scaled_dot_product_attention(-x, x, x, scale=1.0).squeeze(1)
-
-
-SCI_RIVALS = {rival.name: rival for rival in sci_rivals()} | {"sdpa": Rival("sdpa", sdpa_sci)}
-
-
-def prepare_sci(case: Case, name: str) -> Entry:
-    """A dense rival with its inputs."""
-
-    def arguments(batch: int) -> Arguments:
-        x_BCL = make_input("relu", (batch, case.channels, case.positions), case.dtype)
-        return Arguments((x_BCL,), dy=torch.randn_like(x_BCL) if case.backward else None)
-
-    return entry(
-        SCI_RIVALS[name],
-        eager_sci,
-        arguments(case.batch),
-        arguments(min(case.batch, CHECKED_IMAGES)),
-    )
-
-
 def _targets() -> list[Target]:
     def case(dtype: str = "float32", backward: bool = False) -> Case:
         return Case("resnet50-448", 4, CHANNELS, SIDE, SIDE, dtype, backward)
@@ -103,27 +75,33 @@ def _targets() -> list[Target]:
     danet = Case("danet", 2, 128 if QUICK else 512, 4 * SIDE if QUICK else 64, 64, backward=True)
     head, pair = bench_head.prepare, bench_pair_head.prepare
     cin, plain = f"{MODEL}-cin", MODEL
-    whole = bench_models.prepare
+    whole, sci = bench_models.prepare, bench_sci.prepare
     return [
-        Target("dense sci forward, float32", case(), OURS, "sdpa", prepare_sci, 2.0, 2.8),
+        Target("dense sci forward, float32", case(), OURS, "sdpa", sci, 2.0, 2.8),
         Target(
             "dense sci forward + backward, float32",
             case(backward=True),
             OURS,
             "sdpa",
-            prepare_sci,
+            sci,
             1.8,
             2.5,
         ),
         Target(
-            "dense sci forward, bfloat16", case("bfloat16"), OURS, "sdpa", prepare_sci, 2.0, 4.0
+            "dense sci forward, bfloat16",
+            case("bfloat16"),
+            OURS,
+            "sdpa",
+            sci,
+            2.0,
+            4.0,
         ),
         Target("head, pooled", case(), OURS, "eager", head, 10.0, 20.0),
         Target(
             "pair head in training, pooled", case(backward=True), OURS, "eager", pair, 8.0, 15.0
         ),
-        Target("DANet forward + backward over SDPA", danet, OURS, "sdpa", prepare_sci, 1.0, 2.0),
-        Target("DANet forward + backward over eager", danet, OURS, "eager", prepare_sci, 1.0, 2.0),
+        Target("DANet forward + backward over SDPA", danet, OURS, "sdpa", sci, 1.0, 2.0),
+        Target("DANet forward + backward over eager", danet, OURS, "eager", sci, 1.0, 2.0),
         Target(
             f"inference, {MODEL} + CIN over plain",
             model("inference", 1, False),

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from functools import partial
+from functools import lru_cache, partial
 
 import pytest
 import torch
 from cases import DEVICE, Case, head_cases
-from conftest import Entry, Work
-from operators import CHECKED_IMAGES, Arguments, check_close, entry
-from rivals import Rival, eager_head, head_rivals
-from torch import Tensor, nn
+from compare import Entry, Work
+from operators import Problem, entry
+from rivals import eager_head, head_rivals
 
 from cin_fast.cost import sci_flops
 from cin_fast.testing import make_input
@@ -19,31 +18,21 @@ RIVALS = {rival.name: rival for rival in head_rivals()}
 _TAPS = 9
 
 
-def prepare(case: Case, name: str) -> Entry:
-    """A rival with its inputs; gradients for x, and phi's weight and bias."""
-    rival = RIVALS[name]
+@lru_cache(maxsize=1)
+def problem(case: Case) -> Problem:
+    """ReLU features; gradients for x, and phi's weight and bias."""
     shape = (case.channels, case.channels, 3, 3)
     weight = make_input("randn", shape, case.dtype, DEVICE) * (_TAPS * case.channels) ** -0.5
     bias = torch.zeros(case.channels, dtype=case.dtype, device=DEVICE)
-
-    def arguments(batch: int) -> Arguments:
-        size = (batch, case.channels, case.height, case.width)
-        x_BCHW = make_input("relu", size, case.dtype, DEVICE)
-        dy_BC = torch.randn_like(x_BCHW[..., 0, 0]) if case.backward else None
-        return Arguments((x_BCHW, weight, bias), dy=dy_BC)
-
-    few = arguments(min(case.batch, CHECKED_IMAGES))
-    with_phi = Rival(rival.name, partial(_with_phi, rival.call), rival.why_not)
-    judge = partial(_with_phi, eager_head)
-    return entry(with_phi, judge, arguments(case.batch), few, check=check_close)
+    size = (case.batch, case.channels, case.height, case.width)
+    x_BCHW = make_input("relu", size, case.dtype, DEVICE)
+    dy_BC = torch.randn_like(x_BCHW[..., 0, 0]) if case.backward else None
+    return Problem(eager_head, (x_BCHW,), (weight, bias), dy=dy_BC)
 
 
-def _with_phi(call, x_BCHW: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    phi = nn.Conv2d(weight.shape[1], weight.shape[0], 3, padding=1, device="meta")
-    # Plain tensors in place of its parameters, so that gradients flow to them.
-    del phi.weight, phi.bias
-    phi.weight, phi.bias = weight, bias
-    return call(x_BCHW, phi)
+def prepare(case: Case, name: str) -> Entry:
+    """A rival with its inputs."""
+    return entry(RIVALS[name], problem(case))
 
 
 @pytest.mark.parametrize("rival", RIVALS)

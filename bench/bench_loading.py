@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 
 import pytest
 from cases import QUICK
-from conftest import Entry, Work
+from compare import Entry, Work
 from torch.utils.data import DataLoader
 
 from cin_fast.data import ImageDataset, build_dataset

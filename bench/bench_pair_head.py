@@ -10,7 +10,7 @@ from functools import partial
 import pytest
 import torch
 from cases import DEVICE, Case, head_cases
-from conftest import Entry, LeftOut, Work
+from compare import Entry, LeftOut, Work
 from rivals import OURS, why_not_ours
 from torch import Tensor, nn
 

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import torch
+from torch.nn import functional as F
 
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 _MIB = 1 << 20
+# Clock cycles: half a millisecond and more.
+_HEAD_START = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -33,26 +38,46 @@ def interleaved(
     least: int = 5,
     most: int = 50,
 ) -> dict[str, Measured]:
-    """Times of all calls, one round of each in turn, so that a drifting machine favours none.
+    """Times of all calls, one of each in every round, so that a drifting machine favours none.
+
+    The order changes from round to round, so that nobody always follows the same rival; Python's
+    garbage collector waits until the rounds are over.
 
     Args:
         calls: by name.
         device: where they compute; on a GPU, device events are read and L2 is emptied before.
         budget: seconds for all together; never fewer than ``least`` rounds.
     """
-    clock = _cuda_seconds if device.type == "cuda" else _cpu_seconds
+    clock, warm_up = (_cuda_seconds, 3) if device.type == "cuda" else (_cpu_seconds, 1)
+    for _ in range(warm_up):
+        for call in calls.values():
+            call()
+    started = time.perf_counter()
     for call in calls.values():
-        call()
-    once = sum(clock(call) for call in calls.values())
+        clock(call)
+    once = time.perf_counter() - started
     rounds = int(min(most, max(least, budget / max(once, 1e-9))))
     seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds):
-        for name, call in calls.items():
-            seconds[name].append(clock(call))
+    order, shuffle = list(calls), random.Random(0).shuffle
+    with _no_garbage_collection():
+        for _ in range(rounds):
+            shuffle(order)
+            for name in order:
+                seconds[name].append(clock(calls[name]))
     return {
         name: Measured(tuple(seconds[name]), peak_bytes(call, device))
         for name, call in calls.items()
     }
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def peak_bytes(call: Callable[[], object], device: torch.device) -> int | None:
@@ -82,21 +107,33 @@ class Ceilings:
     bytes: float
 
 
-@cache
-def ceilings(dtype: torch.dtype, device: torch.device) -> Ceilings:
-    """Operations a second of a matrix product in ``dtype``, bytes a second read and written."""
+@torch.inference_mode()
+def measure_ceilings(dtype: torch.dtype, device: torch.device, *, budget: float = 0.6) -> Ceilings:
+    """Operations a second of a matrix product in ``dtype``, bytes a second read and written.
+
+    The product is the faster of ``torch.mm`` and a 1 x 1 convolution: on a CPU they run in
+    different libraries, and on some processors the first reaches much less.
+    """
     side, length = (8192, 512 * _MIB) if device.type == "cuda" else (1536, 128 * _MIB)
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    pixels = a.t().contiguous().view(1, side, 16, side // 16)
+    pixels, kernel = (
+        t.to(memory_format=torch.channels_last) for t in (pixels, b.view(side, side, 1, 1))
+    )
     source = torch.zeros(length, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     found = interleaved(
-        {"product": lambda: torch.mm(a, b), "copy": lambda: target.copy_(source)},
+        {
+            "mm": lambda: torch.mm(a, b),
+            "convolution": lambda: F.conv2d(pixels, kernel),
+            "copy": lambda: target.copy_(source),
+        },
         device,
-        budget=1.0,
+        budget=budget,
     )
-    return Ceilings(
-        2 * side**3 / min(found["product"].seconds), 2 * length / min(found["copy"].seconds)
-    )
+    best = {name: min(measured.seconds) for name, measured in found.items()}
+    product = min(best["mm"], best["convolution"])
+    return Ceilings(2 * side**3 / product, 2 * length / best["copy"])
 
 
 def _cpu_seconds(call: Callable[[], object]) -> float:
@@ -106,6 +143,9 @@ def _cpu_seconds(call: Callable[[], object]) -> float:
 
 
 def _cuda_seconds(call: Callable[[], object]) -> float:
+    # The device is kept busy while the host queues what follows: a short kernel's time would
+    # otherwise be that of its launch.
+    torch.cuda._sleep(_HEAD_START)
     _flush_l2()
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()

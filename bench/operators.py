@@ -2,97 +2,139 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 
 import torch
-from conftest import Entry, LeftOut
-from rivals import Rival
+from cases import QUICK
+from compare import Entry, LeftOut
+from rivals import OURS, Rival, forget_compiled
 from torch import Tensor
 
-from cin_fast.testing import assert_exact_as_torch
+from cin_fast.testing import assert_exact_as_torch, make_pairs
 
-# The check in float64 needs C x C matrices of it; the other images of a batch run the same code.
-CHECKED_IMAGES = 2
+# Compilation takes seconds a shape and direction, and must not eat the run.
+_COMPILE_SECONDS = 20.0 if QUICK else 100.0
 
 
 @dataclass(frozen=True)
-class Arguments:
-    """What a subject is called with: ``learned`` get gradients, ``fixed`` do not."""
+class Problem:
+    """What the rivals of a case are called with, and the way of plain PyTorch to judge them by.
 
-    learned: tuple[Tensor, ...]
-    fixed: tuple[Tensor, ...] = ()
+    ``images`` and ``shared`` get gradients where there is a ``dy``; the first axis of ``images``
+    and ``dy`` counts images. ``partner`` comes last in a call, if there is one.
+    """
+
+    judge: Callable[..., Tensor]
+    images: tuple[Tensor, ...]
+    shared: tuple[Tensor, ...] = ()
+    partner: Tensor | None = None
     dy: Tensor | None = None
 
-    def double(self) -> Arguments:
-        """The same in float64, where it is floating point."""
-        return self._mapped(lambda t: t.double() if t.is_floating_point() else t)
+    @property
+    def checked(self) -> list[int]:
+        """First and last pair: float64 needs C x C matrices, so a batch is not judged whole."""
+        batch = len(self.images[0])
+        return sorted({i for i in (0, 1, batch - 2, batch - 1) if 0 <= i < batch})
 
-    def leaves(self) -> Arguments:
-        """The same, with gradients where there is a ``dy``."""
-        learned = tuple(
-            t.detach().clone().requires_grad_(self.dy is not None) for t in self.learned
+    @cached_property
+    def exact(self) -> list[Tensor]:
+        """Results for the checked images in float64."""
+        few = self.few()
+        images, shared = (tuple(t.double() for t in group) for group in (few.images, few.shared))
+        dy = None if few.dy is None else few.dy.double()
+        return run(self.judge, replace(few, images=images, shared=shared, dy=dy))
+
+    @cached_property
+    def plain(self) -> list[Tensor]:
+        """Results for the checked images in plain PyTorch."""
+        return run(self.judge, self.few())
+
+    def few(self) -> Problem:
+        """The checked images alone."""
+        partner = None if self.partner is None else make_pairs(len(self.checked))[0]
+        return replace(
+            self,
+            images=tuple(t[self.checked] for t in self.images),
+            partner=None if partner is None else partner.to(self.images[0].device),
+            dy=None if self.dy is None else self.dy[self.checked],
         )
-        return Arguments(learned, self.fixed, self.dy)
 
-    def _mapped(self, change: Callable[[Tensor], Tensor]) -> Arguments:
-        learned, fixed = (tuple(map(change, group)) for group in (self.learned, self.fixed))
-        return Arguments(learned, fixed, None if self.dy is None else change(self.dy))
+    def masked(self) -> Problem:
+        """The whole batch, with a ``dy`` of the checked images alone: so are shared gradients."""
+        if self.dy is None:
+            return self
+        dy = torch.zeros_like(self.dy)
+        dy[self.checked] = self.dy[self.checked]
+        return replace(self, dy=dy)
+
+    def of_checked(self, results: list[Tensor]) -> list[Tensor]:
+        """Those parts of a whole batch's results that :attr:`exact` knows."""
+        per_image = 1 + len(self.images)
+        return [t[self.checked] for t in results[:per_image]] + results[per_image:]
 
 
-def run(call: Callable[..., Tensor], arguments: Arguments) -> list[Tensor]:
+def run(call: Callable[..., Tensor], problem: Problem) -> list[Tensor]:
     """What is timed: the value and, with a ``dy``, the gradients."""
-    y = call(*arguments.learned, *arguments.fixed)
-    if arguments.dy is None:
-        return [y]
-    return [y, *torch.autograd.grad(y, arguments.learned, arguments.dy)]
+    fixed = () if problem.partner is None else (problem.partner,)
+    learned = (*problem.images, *problem.shared)
+    if problem.dy is None:
+        return [call(*learned, *fixed)]
+    leaves = [t.detach().requires_grad_() for t in learned]
+    y = call(*leaves, *fixed)
+    return [y.detach(), *torch.autograd.grad(y, leaves, problem.dy)]
 
 
-Check = Callable[[Rival, Callable[..., Tensor], Arguments], None]
-
-
-def check_rule(rival: Rival, judge: Callable[..., Tensor], few: Arguments) -> None:
-    """The rule of cin_fast.testing for the value and each gradient."""
-    plain = run(judge, few.leaves())
-    for (name, found, truth), torch_result in zip(_results(rival, judge, few), plain, strict=True):
-        assert_exact_as_torch(f"{rival.name} {name}", found, torch_result, truth)
-
-
-def check_close(rival: Rival, judge: Callable[..., Tensor], few: Arguments) -> None:
-    """Within 1e-5 of the norm in float32, as the pooled form promises, and 1e-2 below."""
-    for name, found, truth in _results(rival, judge, few):
-        error = ((found.double() - truth).norm() / truth.norm()).item()
-        assert error < (1e-5 if found.dtype == torch.float32 else 1e-2), (
-            f"{rival.name} {name}: relative error {error:.1e} against float64"
-        )
-
-
-def entry(
-    rival: Rival,
-    judge: Callable[..., Tensor],
-    arguments: Arguments,
-    few: Arguments,
-    check: Check = check_rule,
-) -> Entry:
-    """A rival ready to be timed on ``arguments``, and to be checked on ``few``.
-
-    Args:
-        judge: plain PyTorch's way, which runs in float64 for the truth.
+def entry(rival: Rival, problem: Problem) -> Entry:
+    """A rival ready to be checked and timed on the same arguments.
 
     Raises:
         LeftOut: with the reason, if the rival cannot run here.
     """
-    reason = rival.why_not(arguments.learned[0])
+    reason = rival.why_not(problem.images[0])
     if reason:
         raise LeftOut(reason)
-    return Entry(partial(run, rival.call, arguments.leaves()), partial(check, rival, judge, few))
+    return Entry(partial(run, rival.call, problem), partial(_check, rival, problem))
 
 
-def _results(
-    rival: Rival, judge: Callable[..., Tensor], few: Arguments
-) -> list[tuple[str, Tensor, Tensor]]:
-    actual = run(rival.call, few.leaves())
-    exact = run(judge, few.double().leaves())
-    names = ["y", *(f"gradient {n}" for n in range(len(few.learned)))][: len(exact)]
-    return list(zip(names, actual, exact, strict=True))
+def check_rule(name: str, call: Callable[..., Tensor], problem: Problem) -> None:
+    """The rule of cin_fast.testing for the value and each gradient, in the shape that is timed.
+
+    Raises:
+        AssertionError: naming what was wrong.
+    """
+    results = run(call, problem.masked())
+    assert torch.isfinite(results[0]).all(), f"{name} y: not finite"
+    found = problem.of_checked(results)
+    for number, trio in enumerate(zip(found, problem.plain, problem.exact, strict=True)):
+        what = f"gradient {number - 1}" if number else "y"
+        assert_exact_as_torch(f"{name} {what}", *trio)
+
+
+class _Compilation:
+    """Seconds that compilation took so far, and the case that it was for."""
+
+    spent = 0.0
+    problem: Problem | None = None
+
+
+def _check(rival: Rival, problem: Problem) -> None:
+    """An own backend that fails is a failure; a rival that fails is left out, and says why."""
+    if rival.name in OURS:
+        check_rule(rival.name, rival.call, problem)
+        return
+    if rival.compiles and _Compilation.spent > _COMPILE_SECONDS:
+        raise LeftOut(f"the {_COMPILE_SECONDS:.0f} s for compilation are spent")
+    started = time.monotonic()
+    try:
+        if rival.compiles and _Compilation.problem is not problem:
+            forget_compiled()
+            _Compilation.problem = problem
+        check_rule(rival.name, rival.call, problem)
+    except Exception as error:
+        raise LeftOut(f"{type(error).__name__}: {error}".splitlines()[0]) from error
+    finally:
+        if rival.compiles:
+            _Compilation.spent += time.monotonic() - started

@@ -1,7 +1,8 @@
 """From the JSON of a benchmark run to tables and plots: ``python bench/report.py RUN.json``.
 
-Writes ``results.json`` (what the tables need), ``README.md``, ``time.png`` and ``roofline.png``
-into ``bench/results/MACHINE/``, and with ``--readme`` the performance section of the README.
+Writes ``results.json`` (every round), ``README.md`` (the full table), ``time.png`` and
+``roofline.png`` into ``bench/results/MACHINE/``. ``--readme`` writes the performance section of
+the README from what bench/results holds, with or without a new run.
 """
 
 from __future__ import annotations
@@ -9,240 +10,255 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from machine import results_folder
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from results_file import (  # noqa: E402
+    ATTENTION,
+    OURS,
+    Result,
+    Run,
+    baseline,
+    fastest,
+    from_benchmark,
+    load,
+    ratios,
+    save,
+)
 
+_HOW_TO_READ = """Times are medians, the spread is half the distance between quartiles; ratios are
+medians over rounds that both took part in (quartiles in parentheses). Shares are of the product and
+the copy measured in the same run; products are counted as written, 4 C^2 L an image, so that a
+kernel that uses the symmetry of x x^T may show more than it executed. Peak memory is what a call
+holds beyond what was held before, results included."""
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
-OURS = ("cpu", "triton", "cuda")
-# Whole models and loaders are compared with the first of their group, not with a backend of ours.
-_BASELINE = {"models": "resnet50", "loading": "in the main process"}
-README = Path(__file__).resolve().parent.parent / "README.md"
+README = ROOT / "README.md"
+RESULTS = ROOT / "bench" / "results"
+NOTHING = """No table stands here until one is committed from a machine that did nothing else;
+`make bench` takes about ten minutes, and `make bench-report` writes this section from it."""
+NO_GPU = "No GPU has been measured yet."
 
 
 @dataclass(frozen=True)
-class Result:
-    """One rival of one group."""
+class Line:
+    """A line of the README's table: how it is called, and the group that it stands for."""
 
-    group: str
-    rival: str
-    milliseconds: float
-    spread: float
-    rounds: int
-    peak_mib: float | None
-    flops_per_second: float
-    flops_share: float
-    bytes_per_second: float
-    bytes_share: float
-
-    @property
-    def subject(self) -> str:
-        """What the group belongs to."""
-        return self.group.partition(":")[0]
+    title: str
+    subject: str
+    case: str
+    ending: str
 
 
-def read(run: dict[str, Any]) -> list[Result]:
-    """The results of pytest-benchmark's JSON, in its order."""
-    found = []
-    for one in run["benchmarks"]:
-        stats, extra = one["stats"], one["extra_info"]
-        peak = extra["peak_bytes"]
-        found.append(
-            Result(
-                one["group"],
-                one["params"]["rival"],
-                1e3 * stats["median"],
-                stats["iqr"] / stats["median"],
-                stats["rounds"],
-                None if peak is None else peak / 2**20,
-                extra["flops_per_second"],
-                extra["flops_share"],
-                extra["bytes_per_second"],
-                extra["bytes_share"],
-            )
-        )
-    return found
+LINES = (
+    Line("dense `sci`, forward", "sci", "resnet50-448", "float32 forward"),
+    Line("dense `sci`, forward + backward", "sci", "resnet50-448", "float32 forward + backward"),
+    Line("the same in bfloat16, forward", "sci", "resnet50-448", "bfloat16 forward"),
+    Line(
+        "the same in bfloat16, forward + backward",
+        "sci", "resnet50-448", "bfloat16 forward + backward",
+    ),
+    Line("dense `sci`, VGG-19's map, forward", "sci", "vgg19-448", "float32 forward"),
+    Line("dense `sci`, DANet's map, forward", "sci", "danet-64", "float32 forward"),
+    Line(
+        "dense `sci`, DANet's map, forward + backward",
+        "sci", "danet-64", "float32 forward + backward",
+    ),
+    Line("dense `cci`, forward", "cci", "resnet50-448", "float32 forward"),
+    Line("dense `cci`, forward + backward", "cci", "resnet50-448", "float32 forward + backward"),
+    Line("head, pooled, forward", "head", "resnet50-448", "float32 forward"),
+    Line("head, pooled, forward + backward", "head", "resnet50-448", "float32 forward + backward"),
+    Line(
+        "pair head in training, pooled",
+        "pair_head", "resnet50-448", "float32 forward + backward",
+    ),
+    Line("inference, ResNet-50 + CIN", "models", "inference", "px"),
+    Line("training step, ResNet-50 + CIN", "models", "training step", "px"),
+)  # fmt: skip
+_OURS_WHOLE, _NAIVE, _PLAIN = "resnet50-cin", "resnet50-cin-naive", "resnet50"
 
 
-def by_group(results: Iterable[Result]) -> dict[str, list[Result]]:
-    """Groups in the order they were measured."""
-    groups: dict[str, list[Result]] = {}
-    for result in results:
-        groups.setdefault(result.group, []).append(result)
-    return groups
-
-
-def baseline(members: Sequence[Result]) -> Result:
-    """Whom a group's ratios refer to: the fastest of the others."""
-    names = {member.rival: member for member in members}
-    fixed = names.get(_BASELINE.get(members[0].subject, ""))
-    if fixed is not None:
-        return fixed
-    others = [m for m in members if m.rival not in (*OURS, "reference")] or list(members)
-    return min(others, key=lambda member: member.milliseconds)
-
-
-def machine_line(run: dict[str, Any]) -> str:
-    """Device, versions, commit, and the ceilings of the same run."""
-    info, found = run["machine_info"], run["ceilings"]
-    versions = info["versions"]
-    ceilings = ", ".join(
-        f"{name} product {value['flops'] / 1e9:.0f} GFLOP/s" for name, value in found.items()
+def machine_line(run: Run) -> str:
+    """Device, versions, commit, load, and the ceilings of the same run."""
+    info, versions = run.machine, run.machine["versions"]
+    products = ", ".join(
+        f"{name} product {value['flops'] / 1e9:.0f} GFLOP/s" for name, value in run.ceilings.items()
     )
-    copy = max(value["bytes"] for value in found.values())
+    copy = max(value["bytes"] for value in run.ceilings.values())
     return (
-        f"{info['device']}; torch {versions['torch']}, triton {versions['triton']}, "
-        f"CUDA {versions['cuda (torch)']}; cin_fast {run['commit']}; measured in the same run: "
-        f"{ceilings}, copy {copy / 1e9:.1f} GB/s."
+        f"{info['device']}, {info['processors']} processors; torch {versions['torch']}, triton "
+        f"{versions['triton']}, CUDA {versions['cuda (torch)']}; cin_fast {run.commit}, "
+        f"{run.datetime[:10]}; load before the run {info['load_before']}; measured in the same "
+        f"run: {products}, copy {copy / 1e9:.1f} GB/s."
     )
 
 
-def full_table(run: dict[str, Any], results: Sequence[Result]) -> str:
+def full_table(run: Run) -> str:
     """Everything, a section a group."""
-    lines = ["# Benchmarks", "", machine_line(run), ""]
-    for group, members in by_group(results).items():
-        reference = baseline(members)
-        header = ("rival", "ms", "spread", f"times as fast as {reference.rival}", "peak MiB",
-                  "GFLOP/s (share)", "GB/s (share)")  # fmt: skip
-        lines += [
-            f"## {group}",
-            "",
-            f"| {' | '.join(header)} |",
-            "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
-            *(_full_row(member, reference) for member in members),
-            *_left_out(run, group),
-            "",
-        ]
-    return "\n".join(lines)
-
-
-def _full_row(result: Result, reference: Result) -> str:
-    peak = "?" if result.peak_mib is None else f"{result.peak_mib:.1f}"
-    return (
-        f"| {result.rival} | {result.milliseconds:.3f} | {result.spread:.0%} | "
-        f"{reference.milliseconds / result.milliseconds:.2f} | {peak} | "
-        f"{result.flops_per_second / 1e9:.1f} ({result.flops_share:.0%}) | "
-        f"{result.bytes_per_second / 1e9:.2f} ({result.bytes_share:.0%}) |"
-    )
-
-
-def _left_out(run: dict[str, Any], group: str) -> list[str]:
-    reasons = [one for one in run["left_out"] if one["group"] == group]
-    return ["", *(f"- {one['rival']}: {one['reason']}" for one in reasons)] if reasons else []
-
-
-def short_table(results: Sequence[Result]) -> str:
-    """Ratios alone, ours over the fastest rival: what the README quotes."""
     lines = [
-        "| what | backend | fastest rival | times as fast | peak memory, ours / its |",
-        "| --- | --- | --- | ---: | ---: |",
+        "# Benchmarks",
+        "",
+        machine_line(run),
+        "",
+        f"Command: `{run.machine['command']}`. {_HOW_TO_READ}",
+        "",
     ]
-    for group, members in by_group(results).items():
-        ours = [member for member in members if member.rival in OURS]
-        if ours and not _is_scaling(group):
-            best, rival = min(ours, key=lambda member: member.milliseconds), baseline(members)
-            ratio = rival.milliseconds / best.milliseconds
-            lines.append(
-                f"| {group} | {best.rival} | {rival.rival} | {ratio:.2f} | "
-                f"{_mib(best.peak_mib)} / {_mib(rival.peak_mib)} MiB |"
-            )
+    groups = dict.fromkeys([*run.groups(), *(one["group"] for one in run.left_out)])
+    for group in groups:
+        members = run.groups().get(group, [])
+        lines += [f"## {group}", "", *_members(run, members), *_left_out(run, group, members), ""]
     return "\n".join(lines)
 
 
-def models_table(results: Sequence[Result]) -> str:
-    """Whole models as ratios to the plain ResNet-50."""
-    lines = ["| whole model | time over its baseline |", "| --- | ---: |"]
-    for group, members in by_group(results).items():
-        if members[0].subject == "models":
-            reference = baseline(members)
-            lines += [
-                f"| {group.partition(': ')[2]}, {member.rival} | "
-                f"{member.milliseconds / reference.milliseconds:.3f} x {reference.rival} |"
-                for member in members
-                if member is not reference
-            ]
-    return "\n".join(lines)
+def _members(run: Run, members: Sequence[Result]) -> list[str]:
+    if not members:
+        return []
+    reference = baseline(members)
+    header = ("rival", "ms", "spread", f"times as fast as {reference.rival}", "peak MiB",
+              "GFLOP/s (share)", "GB/s (share)")  # fmt: skip
+    return [
+        f"| {' | '.join(header)} |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+        *(_full_row(run, member, reference) for member in members),
+    ]
 
 
-def _mib(value: float | None) -> str:
-    return "?" if value is None else f"{value:.0f}"
-
-
-def _is_scaling(group: str) -> bool:
-    name = group.partition(": ")[2].split()[0]
-    return name[0] in "CLB" and name[1:].isdigit()
-
-
-def draw_times(results: Sequence[Result], path: Path) -> None:
-    """Time against C, L and B, one line a rival."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(12, 4), layout="constrained")
-    titles = {"C": "channels (L = 196, B = 1)", "L": "positions (C = 512, B = 1)",
-              "B": "images (C = 2048, L = 49)"}  # fmt: skip
-    for axis, (letter, title) in zip(figure.subplots(1, 3), titles.items(), strict=True):
-        lines: dict[str, list[tuple[int, float]]] = {}
-        for result in results:
-            name = result.group.partition(": ")[2].split()[0]
-            if _is_scaling(result.group) and name[0] == letter:
-                point = (int(name[1:]), result.milliseconds)
-                lines.setdefault(result.rival, []).append(point)
-        for rival, points in lines.items():
-            axis.plot(*zip(*sorted(points), strict=True), marker="o", label=rival)
-        axis.set(xlabel=title, ylabel="ms", xscale="log", yscale="log")
-        axis.grid(alpha=0.3)
-        if lines:
-            axis.legend()
-    figure.suptitle("dense sci, forward, float32")
-    figure.savefig(path, dpi=110)
-
-
-def draw_roofline(run: dict[str, Any], results: Sequence[Result], path: Path) -> None:
-    """Useful operations a second over operations a byte, under the ceilings of the same run."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 5), layout="constrained")
-    axis = figure.subplots()
-    ceiling = run["ceilings"]["float32"]
-    intensities = [2.0**power for power in range(14)]
-    roof = [min(ceiling["flops"], x * ceiling["bytes"]) / 1e9 for x in intensities]
-    axis.plot(intensities, roof, color="black", label="product and copy of the same run")
-    groups = [r for r in results if r.subject == "sci" and r.group.endswith("float32 forward")]
-    for rival in dict.fromkeys(result.rival for result in groups):
-        points = [
-            (r.flops_per_second / r.bytes_per_second, r.flops_per_second / 1e9)
-            for r in groups
-            if r.rival == rival
-        ]
-        axis.scatter(*zip(*points, strict=True), label=rival, s=18)
-    axis.set(xlabel="useful operations a byte", ylabel="GFLOP/s", xscale="log", yscale="log")
-    axis.set_title("dense sci, forward, float32")
-    axis.grid(alpha=0.3)
-    axis.legend()
-    figure.savefig(path, dpi=110)
-
-
-def readme_section(run: dict[str, Any], results: Sequence[Result], folder: Path) -> str:
-    """What stands between the README's marks."""
-    where = folder.relative_to(README.parent) if folder.is_relative_to(README.parent) else folder
-    repeat = "To repeat: `make bench`, then `make bench-report`."
-    return "\n".join(
-        [
-            BEGIN,
-            machine_line(run),
-            "",
-            short_table(results),
-            "",
-            models_table(results),
-            "",
-            f"All of it, with times: [{where}]({where}/README.md). {repeat}",
-            END,
-        ]
+def _full_row(run: Run, result: Result, reference: Result) -> str:
+    low, ratio, high = ratios(result, reference)
+    flops, moved = run.shares(result)
+    return (
+        f"| {result.rival} | {result.milliseconds:.3f} | {result.spread:.0%} of "
+        f"{len(result.microseconds)} | {ratio:.2f} ({low:.2f} to {high:.2f}) | "
+        f"{_mib(result)} | {result.flops_per_second / 1e9:.1f} ({flops:.0%}) | "
+        f"{result.bytes_per_second / 1e9:.2f} ({moved:.0%}) |"
     )
+
+
+def _left_out(run: Run, group: str, members: Sequence[Result]) -> list[str]:
+    reasons = [
+        f"- {one['rival']}: {one['reason']}" for one in run.left_out if one["group"] == group
+    ]
+    return ["", *reasons] if reasons and members else reasons
+
+
+def short_table(run: Run) -> str:
+    """How many times as fast as each main rival: what the README quotes."""
+    lines = [
+        "| | backend | eager | `torch.compile` | attention | peak MiB, ours / eager |",
+        "| --- | --- | ---: | ---: | ---: | ---: |",
+    ]
+    for line in LINES:
+        for group, members in run.groups().items():
+            if group.startswith(f"{line.subject}: {line.case} ") and group.endswith(
+                f" {line.ending}"
+            ):
+                lines += _short_row(line, members)
+    return "\n".join(lines)
+
+
+def _short_row(line: Line, members: Sequence[Result]) -> list[str]:
+    names = {member.rival: member for member in members}
+    whole = line.subject == "models"
+    ours = names.get(_OURS_WHOLE) if whole else fastest(m for m in members if m.rival in OURS)
+    if ours is None:
+        return []
+    eager = names.get(_NAIVE if whole else "eager")
+    attention = fastest(m for m in members if m.rival in ATTENTION)
+    cells = [_times(ours, rival) for rival in (eager, names.get("compiled"), attention)]
+    memory = "-" if eager is None else f"{_mib(ours)} / {_mib(eager)}"
+    backend = "" if whole else ours.rival
+    return [f"| {line.title} | {backend} | {' | '.join(cells)} | {memory} |"]
+
+
+def _times(ours: Result, rival: Result | None) -> str:
+    return "-" if rival is None else f"{ratios(ours, rival)[1]:.2f}"
+
+
+def _mib(result: Result) -> str:
+    return "?" if result.peak_bytes is None else f"{result.peak_bytes / 2**20:.0f}"
+
+
+def overheads(run: Run) -> str:
+    """Whole models as ratios to the plain ResNet-50."""
+    found = []
+    for group, members in run.groups().items():
+        names = {member.rival: member for member in members}
+        plain = names.pop(_PLAIN, None)
+        if members[0].subject == "models" and plain is not None:
+            what = group.partition(": ")[2]
+            times = ", ".join(
+                f"{name} {ratios(plain, other)[1]:.3f}" for name, other in names.items()
+            )
+            found.append(f"- {what}, time over plain ResNet-50: {times}.")
+    return "\n".join(found)
+
+
+def targets_table(targets: dict[str, Any]) -> str:
+    """What cpu_targets.json holds: the CPU backend against its targets."""
+    lines = [
+        "| against its target | rival | ratio | must | aim | reached |",
+        "| --- | --- | ---: | ---: | ---: | --- |",
+    ]
+    for row in targets["targets"]:
+        sign = "≤ " if row["overhead"] else "≥ "
+        lines.append(
+            f"| {row['name']} | {row['rival']} | {row['ratio']:.2f} | {sign}{row['must']:.2f} | "
+            f"{sign}{row['aim']:.2f} | {row['verdict']} |"
+        )
+    return "\n".join(lines)
+
+
+def readme_section(results: Path) -> str:
+    """What stands between the README's marks, from every machine's folder in ``results``."""
+    parts = [part for folder in sorted(results.glob("*/")) for part in _machine_section(folder)]
+    gpu = any((f / "results.json").exists() for f in results.glob("nvidia*"))
+    closing = [] if gpu else [NO_GPU]
+    return "\n".join([BEGIN, *(parts or [NOTHING]), *closing, END])
+
+
+def _machine_section(folder: Path) -> list[str]:
+    parts = []
+    where = f"bench/results/{folder.name}"
+    kept, targets = folder / "results.json", folder / "cpu_targets.json"
+    if kept.exists():
+        run = load(kept)
+        parts += [
+            (
+                "How many times as fast as each rival, medians of interleaved rounds in one "
+                f"process. {machine_line(run)}"
+            ),
+            "",
+            short_table(run),
+            "",
+            overheads(run),
+            "",
+            (
+                "ResNet-50's map at 448 px where none is named. Eager is bmm, softmax, bmm (whole "
+                "heads: with convolution and mean); attention is the fastest of "
+                "`scaled_dot_product_attention` over channels (the same numbers as `(-x, x, x, "
+                "scale=1)`) and, on a GPU, its backends and FlexAttention; - where a rival cannot "
+                "express it or was left out. Times, spreads, reasons: "
+                f"[{where}]({where}/README.md). To repeat: `make bench`, then `make bench-report`."
+            ),
+            "",
+        ]
+    if targets.exists():
+        found = json.loads(targets.read_text())
+        commits = ", ".join(sorted({row["commit"] for row in found["targets"]}))
+        parts += [
+            (
+                f"The CPU backend against its targets, a run of its own: {found['machine']}, torch "
+                f"{found['versions']['torch']}, cin_fast {commits}. To repeat: "
+                "`pytest bench/bench_cpu_targets.py --benchmark-only`."
+            ),
+            "",
+            targets_table(found),
+            "",
+        ]
+    return parts
 
 
 def replace_section(text: str, section: str) -> str:
@@ -258,25 +274,17 @@ def replace_section(text: str, section: str) -> str:
     return before + section + after
 
 
-def write(run: dict[str, Any], folder: Path) -> list[Path]:
-    """Everything into ``folder``."""
-    results = read(run)
+def write(run: Run, folder: Path) -> list[Path]:
+    """Everything into ``folder``; returns the files."""
+    from plots import draw_roofline, draw_times, scaling_axis
+
     folder.mkdir(parents=True, exist_ok=True)
-    kept = {
-        "machine": machine_line(run),
-        "datetime": run["datetime"],
-        "commit": run["commit"],
-        "machine_info": {k: run["machine_info"][k] for k in ("device", "versions", "backends")},
-        "ceilings": run["ceilings"],
-        "left_out": run["left_out"],
-        "results": [asdict(result) for result in results],
-    }
-    (folder / "results.json").write_text(json.dumps(kept, indent=1) + "\n")
-    (folder / "README.md").write_text(full_table(run, results))
     files = [folder / "results.json", folder / "README.md"]
-    if any(_is_scaling(result.group) for result in results):
-        draw_times(results, folder / "time.png")
-        draw_roofline(run, results, folder / "roofline.png")
+    save(run, files[0])
+    files[1].write_text(full_table(run))
+    if any(scaling_axis(result.group) for result in run.results):
+        draw_times(run, folder / "time.png")
+        draw_roofline(run, folder / "roofline.png")
         files += [folder / "time.png", folder / "roofline.png"]
     return files
 
@@ -284,20 +292,23 @@ def write(run: dict[str, Any], folder: Path) -> list[Path]:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; prints what it wrote."""
     parser = argparse.ArgumentParser(prog="python bench/report.py", description=__doc__)
-    parser.add_argument("run", type=Path, help="what --benchmark-json wrote")
+    parser.add_argument("run", type=Path, nargs="?", help="what --benchmark-json wrote")
     parser.add_argument("--output", type=Path, help="(default: bench/results/MACHINE)")
     parser.add_argument("--readme", action="store_true", help="write the README's section, too")
     options = parser.parse_args(argv)
-    if not options.run.is_file():
-        print(f"report: error: no file {options.run}; `make bench` writes one", file=sys.stderr)
-        return 2
-    run = json.loads(options.run.read_text())
-    folder = options.output or results_folder(run["machine_info"]["device"])
-    for path in write(run, folder):
-        print(path)
+    if options.run is not None:
+        try:
+            run = from_benchmark(json.loads(options.run.read_text()))
+        except FileNotFoundError:
+            print(f"report: error: no file {options.run}; `make bench` writes one", file=sys.stderr)
+            return 2
+        except (ValueError, KeyError) as error:
+            print(f"report: error: {options.run}: no run of this suite ({error})", file=sys.stderr)
+            return 2
+        for path in write(run, options.output or RESULTS / run.machine["folder"]):
+            print(path)
     if options.readme:
-        section = readme_section(run, read(run), folder)
-        README.write_text(replace_section(README.read_text(), section))
+        README.write_text(replace_section(README.read_text(), readme_section(RESULTS)))
         print(README)
     return 0
 

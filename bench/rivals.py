@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,6 +34,7 @@ class Rival:
     name: str
     call: Callable[..., Tensor]
     why_not: Callable[[Tensor], str] = lambda x: ""
+    compiles: bool = False
 
 
 def eager_sci(x_BCL: Tensor) -> Tensor:
@@ -41,9 +43,18 @@ def eager_sci(x_BCL: Tensor) -> Tensor:
 
 
 def sdpa_sci(x_BCL: Tensor) -> Tensor:
-    """The clever user: attention over channels, with the head axis that fused kernels want."""
+    """The clever user: attention over channels, with the head axis that fused kernels want.
+
+    Each device gets the call that is fastest there. CPU kernels take a negative scale, which
+    saves a copy; on a GPU some assume a positive one, and some refuse rows that are no multiple
+    of eight numbers, so that x is padded with zeros, which change no product.
+    """
     x = x_BCL.unsqueeze(1)
-    return F.scaled_dot_product_attention(-x, x, x, scale=1.0).squeeze(1)
+    if not x.is_cuda:
+        return F.scaled_dot_product_attention(x, x, x, scale=-1.0).squeeze(1)
+    positions = x.shape[-1]
+    x = F.pad(x, (0, -positions % 8))
+    return F.scaled_dot_product_attention(-x, x, x, scale=1.0).squeeze(1)[..., :positions]
 
 
 def eager_cci(x_BCL: Tensor, partner: Tensor, eta_B: Tensor) -> Tensor:
@@ -52,36 +63,43 @@ def eager_cci(x_BCL: Tensor, partner: Tensor, eta_B: Tensor) -> Tensor:
     return torch.bmm((weights_BCC - eta_B[:, None, None] * weights_BCC[partner]).abs(), x_BCL)
 
 
-def eager_head(x_BCHW: Tensor, phi: torch.nn.Conv2d) -> Tensor:
+class Phi(NamedTuple):
+    """The convolution's weight (C, C, 3, 3) and bias (C,)."""
+
+    weight: Tensor
+    bias: Tensor
+
+
+def eager_head(x_BCHW: Tensor, *phi: Tensor) -> Tensor:
     """The mean of Z as other projects write it: bmm, softmax, bmm, convolution, mean."""
     y_BCL = eager_sci(x_BCHW.flatten(2))
-    return (phi(y_BCL.view_as(x_BCHW)) + x_BCHW).mean((2, 3))
+    return (F.conv2d(y_BCL.view_as(x_BCHW), *phi, padding=1) + x_BCHW).mean((2, 3))
 
 
-def sdpa_head(x_BCHW: Tensor, phi: torch.nn.Conv2d) -> Tensor:
+def sdpa_head(x_BCHW: Tensor, *phi: Tensor) -> Tensor:
     """The same through attention over channels."""
     y_BCL = sdpa_sci(x_BCHW.flatten(2))
-    return (phi(y_BCL.view_as(x_BCHW)) + x_BCHW).mean((2, 3))
+    return (F.conv2d(y_BCL.view_as(x_BCHW), *phi, padding=1) + x_BCHW).mean((2, 3))
 
 
-def pooled_head(x_BCHW: Tensor, phi: torch.nn.Conv2d, *, backend: str) -> Tensor:
+def pooled_head(x_BCHW: Tensor, *phi: Tensor, backend: str) -> Tensor:
     """The mean of Z without Y and without the convolution's map."""
     v_BC9 = cin_fast.tap_means(x_BCHW)
     y_BC9 = cin_fast.sci(x_BCHW, v_BC9, backend=backend)
-    return mean_of_conv(phi, y_BC9) + v_BC9[..., 4]
+    return mean_of_conv(Phi(*phi), y_BC9) + v_BC9[..., 4]
 
 
 def sci_rivals() -> list[Rival]:
     """Everybody who computes ``softmax(-x x^T) x``."""
     return [
         Rival("eager", eager_sci),
-        Rival("compiled", _compiled(eager_sci)),
+        _compiled(eager_sci),
         Rival("sdpa", sdpa_sci),
         *(
             Rival(f"sdpa-{name}", partial(_sdpa_with, backend), _needs_gpu)
             for name, backend in _SDPA.items()
         ),
-        Rival("flex", _flex, _needs_gpu),
+        Rival("flex", _flex, _needs_gpu, compiles=True),
         *(Rival(name, partial(_sci, backend=name), _ours(name)) for name in OURS),
     ]
 
@@ -90,7 +108,7 @@ def cci_rivals() -> list[Rival]:
     """Everybody who computes ``|W_i - eta_i W_partner(i)| x_i``."""
     return [
         Rival("eager", eager_cci),
-        Rival("compiled", _compiled(eager_cci)),
+        _compiled(eager_cci),
         *(Rival(name, partial(_cci, backend=name), _ours(name)) for name in OURS),
     ]
 
@@ -99,7 +117,7 @@ def head_rivals() -> list[Rival]:
     """Everybody who computes the spatial mean of Z from the features."""
     return [
         Rival("eager", eager_head),
-        Rival("compiled", _compiled(eager_head)),
+        _compiled(eager_head),
         Rival("sdpa", sdpa_head),
         *(Rival(name, partial(pooled_head, backend=name), _ours(name)) for name in OURS),
     ]
@@ -118,12 +136,13 @@ def _sdpa_with(backend: SDPBackend, x_BCL: Tensor) -> Tensor:
         return sdpa_sci(x_BCL)
 
 
-def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    @cache
-    def compiled() -> Callable[..., Tensor]:
-        return torch.compile(function, dynamic=False)
+def _compiled(function: Callable[..., Tensor]) -> Rival:
+    return Rival("compiled", torch.compile(function, dynamic=False), compiles=True)
 
-    return lambda *arguments: compiled()(*arguments)
+
+def forget_compiled() -> None:
+    """Before another shape: past a few shapes, Dynamo gives up and runs eagerly, in silence."""
+    torch.compiler.reset()
 
 
 @cache
