@@ -8,7 +8,7 @@ import pytest
 import torch
 from cases import DEVICE, Case, head_cases
 from compare import Entry, Work
-from operators import Problem, entry
+from operators import Problem, check_close, entry
 from rivals import eager_head, head_rivals
 
 from cin_fast.cost import sci_flops
@@ -32,7 +32,7 @@ def problem(case: Case) -> Problem:
 
 def prepare(case: Case, name: str) -> Entry:
     """A rival with its inputs."""
-    return entry(RIVALS[name], problem(case))
+    return entry(RIVALS[name], problem(case), check_close)
 
 
 @pytest.mark.parametrize("rival", RIVALS)
