@@ -34,14 +34,25 @@ INF, NAN = float("inf"), float("nan")
 
 
 def runs(isa: str) -> bool:
-    needs = {"avx512": {"avx512f", "avx512dq", "avx512vl", "avx512bw"}, "avx2": {"avx2", "fma"}}
+    avx512 = {"avx512f", "avx512dq", "avx512vl", "avx512bw"}
+    needs = {"avx512_bf16": avx512 | {"avx512_bf16"}, "avx512": avx512, "avx2": {"avx2", "fma"}}
     with contextlib.suppress(OSError), open("/proc/cpuinfo") as info:
         flags = next((line.split() for line in info if line.startswith("flags")), [])
         return needs.get(isa, set()) <= set(flags)
     return isa == "plain"
 
 
-@pytest.fixture(params=["avx512", "avx2", "plain"])
+ISAS = ("avx512_bf16", "avx512", "avx2", "plain")
+# Those of avx512_bf16 are for one dtype; others take the kernels of avx512.
+ISA_DTYPES = [
+    (isa, dtype)
+    for isa in ISAS
+    for dtype in KERNEL_DTYPES
+    if isa != "avx512_bf16" or dtype == torch.bfloat16
+]
+
+
+@pytest.fixture(params=ISAS)
 def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Every instruction set that this processor runs, forced one after the other."""
     if not runs(request.param):
@@ -87,7 +98,7 @@ def check_both(cases: Iterable[tuple], scale: float = -1.0) -> None:
 
 
 @pytest.mark.parametrize("kind", INPUT_KINDS)
-@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
+@pytest.mark.parametrize(("isa", "dtype"), ISA_DTYPES, indirect=["isa"], ids=str)
 @pytest.mark.parametrize("k", [None, 1, 9])
 def test_the_rule(isa: str, kind: str, dtype: torch.dtype, k: int | None) -> None:
     check_both(draws(shape, k, kind, dtype) for shape in SHAPES)
@@ -163,7 +174,7 @@ def same_bits(a: list[Tensor], b: list[Tensor]) -> bool:
     return all(torch.equal(s, t) for s, t in zip(a, b, strict=True))
 
 
-@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
+@pytest.mark.parametrize(("isa", "dtype"), ISA_DTYPES, indirect=["isa"], ids=str)
 def test_same_bits_at_every_run_whatever_memory_held(isa: str, dtype: torch.dtype) -> None:
     for k in (None, 9):
         x, v, *_ = draws((1, 200, 49), k, "relu", dtype)
@@ -223,11 +234,12 @@ def test_weights_that_cancel_to_zero_have_no_sign() -> None:
     assert not torch.autograd.grad(y.sum(), x)[0].any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("value", [0.0, 1e4, -1e4, 1e18, 1e-30])
-def test_constant_inputs_stay_finite(isa: str, value: float) -> None:
-    x = torch.full((2, 70, 20), value)
+def test_constant_inputs_stay_finite(isa: str, value: float, dtype: torch.dtype) -> None:
+    x = torch.full((2, 70, 20), value, dtype=dtype)
     y = cin_fast.sci(x, backend="cpu")
-    torch.testing.assert_close(y, x, rtol=1e-6, atol=0)
+    torch.testing.assert_close(y, x, rtol=max(1e-6, torch.finfo(dtype).eps), atol=0)
     assert cin_fast.cci(x, *make_pairs(2), backend="cpu").isfinite().all()
 
 
@@ -239,11 +251,11 @@ def test_huge_activations_do_not_overflow(isa: str, dtype: torch.dtype) -> None:
     check_sci("cpu", 30 * x, v, dy)
 
 
-@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("k", [None, 9])
-def test_nan_stays_where_it_belongs(isa: str, backward: bool, k: int | None) -> None:
-    x = make_input("relu", (4, 150, 20))
-    v = None if k is None else make_input("randn", (4, 150, k), seed=3)
+def test_nan_stays_where_it_belongs(isa: str, k: int | None, dtype: torch.dtype) -> None:
+    x = make_input("relu", (4, 150, 21), dtype)
+    v = None if k is None else make_input("randn", (4, 150, k), dtype, seed=3)
     x[1, 77, 3] = NAN
     results = everything(x, v)
     sci_y, cci_y, sci_dx = results[0], results[1], results[2]
@@ -264,10 +276,13 @@ def test_nan_in_v_or_dy_reaches_its_column() -> None:
     assert y.isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("value", [INF, -INF])
 @pytest.mark.parametrize("scale", [-1.0, 1.0])
-def test_infinities_do_as_in_torch(isa: str, value: float, scale: float) -> None:
-    x = make_input("relu", (2, 150, 20)) + 0.1
+def test_infinities_do_as_in_torch(
+    isa: str, value: float, scale: float, dtype: torch.dtype
+) -> None:
+    x = make_input("relu", (2, 150, 20), dtype) + 0.1
     x[1, 77, 3] = value
     y = cin_fast.sci(x, scale=scale, backend="cpu")
     expected = cin_fast.sci(x, scale=scale, backend="reference")
@@ -303,7 +318,9 @@ def test_the_cpu_takes_it_by_itself() -> None:
 
 def test_an_unknown_instruction_set_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CIN_FAST_CPU_ISA", "mmx")
-    with pytest.raises(RuntimeError, match="CIN_FAST_CPU_ISA: expected plain, avx2 or avx512"):
+    with pytest.raises(
+        RuntimeError, match=r"CIN_FAST_CPU_ISA: expected plain, .* avx512_bf16, found mmx"
+    ):
         cin_fast.sci(torch.ones(1, 2, 3), backend="cpu")
 
 

@@ -25,9 +25,6 @@ struct Blocks {
   int64_t padded() const { return count * size; }
 };
 
-// So few channels that the exact sum of P dP is worth a sweep in float32, too.
-constexpr int64_t kExactChannels = 256;
-
 constexpr int64_t kLargestBlock = 128;
 constexpr int64_t kSmallestBlock = 32;
 

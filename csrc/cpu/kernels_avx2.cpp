@@ -20,7 +20,9 @@
 
 #define CIN_FAST_ISA avx2
 #include "vec_avx2.h"
-// Every kernel is written once, over that vector.
+// Over that vector:
+#include "operand_float.h"
+// Every kernel is written once, over both.
 #include "table.h"
 
 #if defined(__clang__)

@@ -23,7 +23,9 @@
 
 #define CIN_FAST_ISA avx512
 #include "vec_avx512.h"
-// Every kernel is written once, over that vector.
+// Over that vector:
+#include "operand_float.h"
+// Every kernel is written once, over both.
 #include "table.h"
 
 #if defined(__clang__)

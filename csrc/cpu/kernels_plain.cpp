@@ -7,7 +7,9 @@
 
 #define CIN_FAST_ISA plain
 #include "vec_plain.h"
-// Every kernel is written once, over that vector.
+// Over that vector:
+#include "operand_float.h"
+// Every kernel is written once, over both.
 #include "table.h"
 
 namespace cin_fast {

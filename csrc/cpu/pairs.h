@@ -13,12 +13,24 @@ inline void cci_weights(const float* own, const float* other, RowStats own_stats
     const Vec t = load(s + r * ld + j) * splat(scale);
     return mirrored ? col_weight(t, stats, j) : row_weight(t, stats, r);
   };
-  for (int64_t r = 0; r < rows; r++) {
+  for (int64_t r = 0; r < rows; r += kPack) {
     for (int64_t j = 0; j < cols; j += kWidth) {
-      const Vec p = weight_of(own, own_stats, r, j), q = weight_of(other, other_stats, r, j);
-      const Vec m = p - splat(eta) * q;
-      store(a + r * ld + j, abs(m));
-      store(b + r * ld + j, sign_times(m, q));
+      Vec weights[kPack], signed_weights[kPack];
+      for (int64_t n = 0; n < kPack; n++) {
+        weights[n] = signed_weights[n] = splat(0);
+        if (r + n == rows) break;
+        const Vec p = weight_of(own, own_stats, r + n, j);
+        const Vec q = weight_of(other, other_stats, r + n, j);
+        const Vec m = p - splat(eta) * q;
+        weights[n] = abs(m);
+        signed_weights[n] = sign_times(m, q);
+        if (mirrored) continue;
+        store_columns(a + (r + n) * ld, j, cols, weights[n]);
+        store_columns(b + (r + n) * ld, j, cols, signed_weights[n]);
+      }
+      if (!mirrored) continue;
+      store_rows(a + r * ld, j, weights);
+      store_rows(b + r * ld, j, signed_weights);
     }
   }
 }
@@ -96,26 +108,27 @@ inline void cci_delta(const PairSide& a, const PairSide& b, int64_t rows, int64_
 
 inline void cci_gradient(const PairSide& a, const PairSide& b, int64_t rows, int64_t cols,
                          int64_t ld, float scale) {
-  const auto write = [&](const PairSide& side, int64_t r, int64_t j, Vec ds, Vec ds_mirrored, Vec m,
-                         Vec m_mirrored) {
-    const int64_t at = r * ld + j;
-    store(side.s + at, (ds + ds_mirrored) * splat(scale));
-    store(side.e + at, abs(m));
-    store(side.f + at, abs(m_mirrored));
+  const auto gradient = [&](const PairSide& side, int64_t r, int64_t j, Vec p, Vec dp, Vec m, Vec q,
+                            Vec dq, Vec mirrored_m) {
+    const Vec ds = softmax_gradient(p, dp, splat(side.row.pivot[r]), splat(side.row.delta[r]));
+    const Vec mirrored_ds =
+        softmax_gradient(q, dq, load(side.col.pivot + j), load(side.col.delta + j));
+    return Gradient{(ds + mirrored_ds) * splat(scale), abs(m), abs(mirrored_m)};
   };
-  for (int64_t r = 0; r < rows; r++) {
+  for (int64_t r = 0; r < rows; r += kPack) {
     for (int64_t j = 0; j < cols; j += kWidth) {
-      const BothDirections g = both_directions(a, b, ld, scale, r, j);
-      const Vec ds_a = softmax_gradient(g.straight.p_a, g.straight.dp_a, splat(a.row.pivot[r]),
-                                        splat(a.row.delta[r]));
-      const Vec ds_b = softmax_gradient(g.straight.p_b, g.straight.dp_b, splat(b.row.pivot[r]),
-                                        splat(b.row.delta[r]));
-      const Vec back_a = softmax_gradient(g.mirrored.p_a, g.mirrored.dp_a, load(a.col.pivot + j),
-                                          load(a.col.delta + j));
-      const Vec back_b = softmax_gradient(g.mirrored.p_b, g.mirrored.dp_b, load(b.col.pivot + j),
-                                          load(b.col.delta + j));
-      write(a, r, j, ds_a, back_a, g.straight.m_a, g.mirrored.m_a);
-      write(b, r, j, ds_b, back_b, g.straight.m_b, g.mirrored.m_b);
+      Gradient of_a[kPack], of_b[kPack];
+      for (int64_t n = 0; n < kPack; n++) {
+        of_a[n] = of_b[n] = Gradient{splat(0), splat(0), splat(0)};
+        if (r + n == rows) break;
+        const auto [straight, back] = both_directions(a, b, ld, scale, r + n, j);
+        of_a[n] = gradient(a, r + n, j, straight.p_a, straight.dp_a, straight.m_a, back.p_a,
+                           back.dp_a, back.m_a);
+        of_b[n] = gradient(b, r + n, j, straight.p_b, straight.dp_b, straight.m_b, back.p_b,
+                           back.dp_b, back.m_b);
+      }
+      store_gradients(of_a, r, j, cols, ld, a.s, a.e, a.f);
+      store_gradients(of_b, r, j, cols, ld, b.s, b.e, b.f);
     }
   }
 }

@@ -73,7 +73,7 @@ inline void exponentials(const float* s, int64_t rows, int64_t cols, int64_t ld,
     for (int64_t j = 0; j < cols; j += kWidth) {
       const Vec weight = exp(load(s + r * ld + j) - m);
       sum = sum + weight;
-      if (p) store(p + r * ld + j, weight);
+      if (p) store_columns(p + r * ld, j, cols, weight);
     }
     row_sum[r] += sum_lanes(sum);
   }
@@ -91,10 +91,13 @@ inline void mirrored_exponentials(const float* s, int64_t rows, int64_t cols, in
     for (int64_t first = 0; first < rows; first += kRowsOfSum) {
       const int64_t end = first + kRowsOfSum < rows ? first + kRowsOfSum : rows;
       Vec sum = splat(0);
-      for (int64_t r = first; r < end; r++) {
-        const Vec weight = exp(load(s + r * ld + j) - m);
-        sum = sum + weight;
-        if (q) store(q + r * ld + j, weight);
+      for (int64_t r = first; r < end; r += kPack) {
+        Vec weights[kPack];
+        for (int64_t n = 0; n < kPack; n++) {
+          weights[n] = r + n < end ? exp(load(s + (r + n) * ld + j) - m) : splat(0);
+          sum = sum + weights[n];
+        }
+        if (q) store_rows(q + r * ld, j, weights);
       }
       tile_sum = tile_sum + sum;
     }
@@ -102,31 +105,44 @@ inline void mirrored_exponentials(const float* s, int64_t rows, int64_t cols, in
   }
 }
 
-inline void normalize(const float* acc, int64_t ld, int64_t rows, int64_t cols, const float* sum,
-                      float* y) {
+inline void results(const float* acc, int64_t ld, int64_t rows, int64_t cols, const float* sum,
+                    void* y) {
   for (int64_t r = 0; r < rows; r++) {
-    const float* from = acc + r * ld;
-    float* to = y + r * cols;
-    const Vec divisor = splat(sum[r]);
-    int64_t j = 0;
-    for (; j + kWidth <= cols; j += kWidth) store(to + j, load(from + j) / divisor);
-    for (; j < cols; j++) to[j] = from[j] / sum[r];
+    Element* to = static_cast<Element*>(y) + r * cols;
+    const Vec divisor = splat(sum ? sum[r] : 1.0f);
+    for (int64_t j = 0; j < cols; j += kWidth)
+      store_results(to + j, cols - j, load(acc + r * ld + j) / divisor);
   }
 }
 
-// dot[r] = a[r] . column(r), added in gram's order: column(k, values) gives what all lanes' right
-// sides hold at position k.
+// dot[r] = a[r] . column(r), added in gram's order: column(k) gives what all lanes' right sides
+// hold in slot k.
 template <typename Columns>
 inline Vec ordered_dot(const float* left, int64_t pitch, int64_t depth, Columns columns) {
-  const int64_t step = depth_step(depth);
+  const int64_t length = slots(depth), step = depth_step(length);
   Vec total = splat(0);
-  for (int64_t first = 0; first < depth; first += step) {
-    const int64_t end = first + step < depth ? first + step : depth;
+  for (int64_t first = 0; first < length; first += step) {
+    const int64_t end = first + step < length ? first + step : length;
     Vec sum = splat(0);
-    for (int64_t k = first; k < end; k++) sum = fma(load(left + k * pitch), columns(k), sum);
+    for (int64_t k = first; k < end; k++) sum = dot(load(left + k * pitch), columns(k), sum);
     total = first == 0 ? sum : total + sum;
   }
   return total;
+}
+
+// The same with those rows of a source that `which` names.
+inline Vec dot_with_rows(const float* left, int64_t pitch, int64_t depth, const void* source,
+                         const float* which) {
+  const Element* rows[kWidth];
+  for (int64_t i = 0; i < kWidth; i++)
+    rows[i] = static_cast<const Element*>(source) + static_cast<int64_t>(which[i]) * depth;
+  return ordered_dot(left, pitch, depth, [&](int64_t k) {
+    float values[kWidth] = {};
+    const int64_t left_over = depth - k * kPack, elements = left_over < kPack ? left_over : kPack;
+    for (int64_t i = 0; i < kWidth; i++)
+      std::memcpy(values + i, rows[i] + k * kPack, elements * sizeof(Element));
+    return load(values);
+  });
 }
 
 // The same sum with twice the digits: one rounding of it would reach every weight of its row.
@@ -147,20 +163,22 @@ template <typename Visit>
 inline void for_each_row_vector(const float* packed, int64_t rows, int64_t depth, Visit visit) {
   for_each_panel(rows, [&](int64_t first, int64_t, int64_t n) {
     for (int64_t v = 0; v < n; v++)
-      visit(packed + first * depth + v * kWidth, n * kWidth, first + v * kWidth);
+      visit(packed + first * slots(depth) + v * kWidth, n * kWidth, first + v * kWidth);
   });
 }
 
-inline void max_logits(const float* x_columns, const float* x, const float* argmax, int64_t rows,
+inline void max_logits(const float* x_columns, const void* x, const float* argmax, int64_t rows,
                        int64_t depth, float scale, float* row_max) {
   for_each_row_vector(x_columns, rows, depth, [&](const float* left, int64_t pitch, int64_t row) {
-    const auto column = [&](int64_t k) {
-      float values[kWidth];
-      for (int64_t i = 0; i < kWidth; i++)
-        values[i] = x[static_cast<int64_t>(argmax[row + i]) * depth + k];
-      return load(values);
-    };
-    store(row_max + row, ordered_dot(left, pitch, depth, column) * splat(scale));
+    store(row_max + row, dot_with_rows(left, pitch, depth, x, argmax + row) * splat(scale));
+  });
+}
+
+inline void pivots(const float* dy_columns, const void* v, const float* argmax, const float* use,
+                   int64_t rows, int64_t depth, float* pivot) {
+  for_each_row_vector(dy_columns, rows, depth, [&](const float* left, int64_t pitch, int64_t row) {
+    const Vec largest = dot_with_rows(left, pitch, depth, v, argmax + row);
+    store(pivot + row, where_equal(load(use + row), splat(0), splat(0), load(use + row) * largest));
   });
 }
 
@@ -171,9 +189,9 @@ inline Vec column_of(const float* const* rows, int64_t k) {
   return load(values);
 }
 
-inline void pivots(const float* dy_columns, const float* v, const float* y, const float* b,
+inline void deltas(const float* dy_columns, const float* v, const float* y, const float* b,
                    float eta, const float* argmax, const float* use, int64_t rows, int64_t depth,
-                   float* pivot, float* delta) {
+                   float* delta) {
   for_each_row_vector(dy_columns, rows, depth, [&](const float* left, int64_t pitch, int64_t row) {
     const float *largest[kWidth], *result[kWidth], *rest[kWidth];
     for (int64_t i = 0; i < kWidth; i++) {
@@ -183,13 +201,10 @@ inline void pivots(const float* dy_columns, const float* v, const float* y, cons
       rest[i] = b ? b + r * depth : result[i];
     }
     const Vec factor = load(use + row), part = splat(b ? eta : 0.0f);
-    const auto pivot_column = [&](int64_t k) { return factor * column_of(largest, k); };
-    const auto rest_column = [&](int64_t k) {
-      return column_of(result, k) - pivot_column(k) + part * column_of(rest, k);
-    };
-    // Bit for bit what gram makes of it in dP.
-    store(pivot + row, ordered_dot(left, pitch, depth, pivot_column));
-    store(delta + row, compensated_dot(left, pitch, depth, rest_column));
+    store(delta + row, compensated_dot(left, pitch, depth, [&](int64_t k) {
+            return column_of(result, k) - factor * column_of(largest, k) +
+                   part * column_of(rest, k);
+          }));
   });
 }
 
@@ -238,18 +253,40 @@ inline Vec softmax_gradient(Vec p, Vec dp, Vec pivot, Vec delta) {
   return p * (dp - pivot - delta);
 }
 
+// Of one vector of a tile: dS + dS^T, P and the mirrored P.
+struct Gradient {
+  Vec s, p, q;
+};
+
+// Gradients of kPack rows from row r on, where the products look for them (see kernels.h).
+inline void store_gradients(const Gradient* g, int64_t r, int64_t j, int64_t cols, int64_t ld,
+                            float* s, float* e, float* f) {
+  Vec across_s[kPack], across_p[kPack];
+  for (int64_t n = 0; n < kPack; n++) {
+    store_columns(s + (r + n) * ld, j, cols, g[n].s);
+    store_columns(f + (r + n) * ld, j, cols, g[n].q);
+    across_s[n] = g[n].s;
+    across_p[n] = g[n].p;
+  }
+  store_rows(e + r * ld, j, across_p);
+  if constexpr (kPack > 1) store_rows(e + (r + 1) * ld, j, across_s);
+}
+
 inline void sci_gradient(float* s, float* e, float* f, int64_t rows, int64_t cols, int64_t ld,
                          float scale, RowStats row, RowStats col) {
-  for (int64_t r = 0; r < rows; r++) {
-    const Vec pivot = splat(row.pivot[r]), delta = splat(row.delta[r]);
+  const auto gradient = [&](int64_t r, int64_t j) {
+    const int64_t at = r * ld + j;
+    const Weights w = weights(load(s + at) * splat(scale), row, col, r, j);
+    const Vec d = softmax_gradient(w.p, load(e + at), splat(row.pivot[r]), splat(row.delta[r])) +
+                  softmax_gradient(w.q, load(f + at), load(col.pivot + j), load(col.delta + j));
+    return Gradient{d * splat(scale), w.p, w.q};
+  };
+  for (int64_t r = 0; r < rows; r += kPack) {
     for (int64_t j = 0; j < cols; j += kWidth) {
-      const int64_t at = r * ld + j;
-      const Weights w = weights(load(s + at) * splat(scale), row, col, r, j);
-      const Vec d = softmax_gradient(w.p, load(e + at), pivot, delta) +
-                    softmax_gradient(w.q, load(f + at), load(col.pivot + j), load(col.delta + j));
-      store(s + at, d * splat(scale));
-      store(e + at, w.p);
-      store(f + at, w.q);
+      Gradient g[kPack];
+      for (int64_t n = 0; n < kPack; n++)
+        g[n] = r + n < rows ? gradient(r + n, j) : Gradient{splat(0), splat(0), splat(0)};
+      store_gradients(g, r, j, cols, ld, s, e, f);
     }
   }
 }

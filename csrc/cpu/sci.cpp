@@ -33,27 +33,29 @@ struct ForwardImage {
 
 class Forward {
  public:
-  Forward(const at::Tensor& x, const at::Tensor& v, float scale, at::Tensor& y,
+  // x, v and y hold elements of isa.
+  Forward(const Kernels& isa, const at::Tensor& x, const at::Tensor& v, float scale, at::Tensor& y,
           at::Tensor& row_argmax, at::Tensor& row_sum)
-      : isa_(kernels()),
+      : isa_(isa),
         images_(x.size(0)),
         depth_(x.size(2)),
+        slots_(isa.slots(depth_)),
         cols_(v.size(2)),
         width_(padded_width(isa_.width, cols_)),
         scale_(scale),
         blocks_(make_blocks(images_, x.size(1))),
-        x_(x.const_data_ptr<float>()),
-        v_(v.const_data_ptr<float>()),
-        y_(y.mutable_data_ptr<float>()),
+        x_(x.const_data_ptr()),
+        v_(v.const_data_ptr()),
+        y_(y.mutable_data_ptr()),
         row_argmax_(row_argmax.mutable_data_ptr<float>()),
         row_sum_(row_sum.mutable_data_ptr<float>()) {}
 
   void run() {
     const int64_t flights = images_in_flight(images_);
     const int64_t rows = blocks_.padded(), size = blocks_.size;
-    Scratch memory(flights * rows * (depth_ + 2 * width_ + 3));
+    Scratch memory(flights * rows * (slots_ + 2 * width_ + 3));
     for (int64_t n = 0; n < flights; n++)
-      flight_.push_back({memory.take(rows * depth_), memory.take(rows * width_),
+      flight_.push_back({memory.take(rows * slots_), memory.take(v_row(rows)),
                          memory.take(rows * width_), memory.take(rows), memory.take(rows),
                          memory.take(rows)});
     const int64_t threads = at::get_num_threads();
@@ -84,9 +86,13 @@ class Forward {
   void pack(const ForwardImage& image, int64_t first_row, int64_t block) {
     const int64_t row = blocks_.first(block), rows = blocks_.rows(block);
     const int64_t source = first_row + row;
-    isa_.pack_columns(x_ + source * depth_, depth_, rows, depth_, image.x_columns + row * depth_);
-    isa_.pack_rows(v_ + source * cols_, cols_, rows, cols_, image.v_rows + row * width_);
+    isa_.pack_columns(isa_.at(x_, source * depth_), depth_, rows, depth_,
+                      image.x_columns + row * slots_);
+    isa_.pack_rows(isa_.at(v_, source * cols_), cols_, rows, cols_, image.v_rows + v_row(row));
   }
+
+  // Where a block's rows stand in v_rows.
+  int64_t v_row(int64_t row) const { return row / isa_.pack * width_; }
 
   void tile_pair(const ForwardImage& image, const TilePair& pair, const Tile& tile) {
     const auto [i, j, new_i, new_j] = pair;
@@ -94,10 +100,11 @@ class Forward {
     const int64_t rows = blocks_.rows(i), cols = blocks_.rows(j);
     const bool mirrored = i != j;
     // What the products with v need comes while those of x are made.
-    for (const float* wanted : {image.v_rows + row * width_, image.acc + row * width_,
-                                image.v_rows + col * width_, image.acc + col * width_})
-      prefetch(wanted, rows * width_);
-    isa_.gram(image.x_columns + row * depth_, image.x_columns + col * depth_, rows, cols, depth_,
+    for (const int64_t first : {row, col}) {
+      prefetch(image.v_rows + v_row(first), v_row(rows));
+      prefetch(image.acc + first * width_, rows * width_);
+    }
+    isa_.gram(image.x_columns + row * slots_, image.x_columns + col * slots_, rows, cols, depth_,
               tile.s, ld);
     isa_.scale_and_max(tile.s, rows, cols, ld, scale_, tile.row_max, tile.col_max);
     isa_.merge_max(tile.s, rows, cols, ld, false, tile.row_max, col, new_i, image.max + row,
@@ -108,29 +115,30 @@ class Forward {
                      image.argmax + col, image.sum + col, tile.col_factor);
       if (!new_j) isa_.rescale(image.acc + col * width_, cols, width_, width_, tile.col_factor);
       isa_.mirrored_exponentials(tile.s, rows, cols, ld, image.max + col, tile.q, image.sum + col);
-      isa_.multiply_transposed(tile.q, ld, image.v_rows + row * width_, cols, cols_, rows,
+      isa_.multiply_transposed(tile.q, isa_.pack * ld, image.v_rows + v_row(row), cols, cols_, rows,
                                image.acc + col * width_, width_, !new_j);
     }
     isa_.exponentials(tile.s, rows, cols, ld, image.max + row, tile.s, image.sum + row);
-    isa_.multiply(tile.s, ld, image.v_rows + col * width_, rows, cols_, cols,
+    isa_.multiply(tile.s, ld, image.v_rows + v_row(col), rows, cols_, cols,
                   image.acc + row * width_, width_, !new_i);
   }
 
   void finish(const ForwardImage& image, int64_t first_row, int64_t block) {
     const int64_t row = blocks_.first(block), rows = blocks_.rows(block);
     const int64_t target = first_row + row;
-    isa_.normalize(image.acc + row * width_, width_, rows, cols_, image.sum + row,
-                   y_ + target * cols_);
+    isa_.results(image.acc + row * width_, width_, rows, cols_, image.sum + row,
+                 isa_.at(y_, target * cols_));
     std::copy_n(image.argmax + row, rows, row_argmax_ + target);
     std::copy_n(image.sum + row, rows, row_sum_ + target);
   }
 
   const Kernels& isa_;
-  const int64_t images_, depth_, cols_, width_;
+  const int64_t images_, depth_, slots_, cols_, width_;
   const float scale_;
   const Blocks blocks_;
-  const float *x_, *v_;
-  float *y_, *row_argmax_, *row_sum_;
+  const void *x_, *v_;
+  void* y_;
+  float *row_argmax_, *row_sum_;
   std::vector<ForwardImage> flight_;
   std::vector<Tile> tiles_;
 };
@@ -151,18 +159,21 @@ struct BackwardImage {
 class Backward {
  public:
   struct Inputs {
-    const float *dy, *x, *v, *y, *row_argmax, *row_sum;
-    // Whether y is too coarse for delta = dY . Y (16 bits are), which then takes a sweep of its
-    // own.
-    bool coarse_y;
+    // dy, x, v, y: elements; y is null where it is too coarse for delta = dY . Y, which then takes
+    // a sweep of its own.
+    const void *dy, *x, *v, *y;
+    const float *row_argmax, *row_sum;
   };
   struct Shape {
     int64_t images, channels, depth, cols;
   };
 
-  Backward(const Shape& shape, float scale, const Inputs& in, float* dx, float* dv)
-      : isa_(kernels()),
+  Backward(const Kernels& isa, const Shape& shape, float scale, const Inputs& in, void* dx,
+           void* dv)
+      : isa_(isa),
         shape_(shape),
+        x_slots_(isa.slots(shape.depth)),
+        slots_(isa.slots(shape.cols)),
         depth_width_(padded_width(isa_.width, shape.depth)),
         width_(padded_width(isa_.width, shape.cols)),
         scale_(scale),
@@ -175,24 +186,23 @@ class Backward {
   void run() {
     const int64_t flights = images_in_flight(shape_.images);
     const int64_t rows = blocks_.padded(), size = blocks_.size;
-    const int64_t depth = shape_.depth, cols = shape_.cols;
-    const int64_t image_floats = rows * (depth + 2 * depth_width_ + cols + width_ + 6) +
-                                 (separate_v_ ? rows * (cols + width_) : 0);
+    const int64_t image_floats = rows * (x_slots_ + 2 * depth_width_ + slots_ + width_ + 6) +
+                                 (separate_v_ ? rows * (slots_ + width_) : 0);
     Scratch memory(flights * image_floats);
     for (int64_t n = 0; n < flights; n++) {
       BackwardImage image;
-      image.x_columns = memory.take(rows * depth);
-      image.x_rows = memory.take(rows * depth_width_);
+      image.x_columns = memory.take(rows * x_slots_);
+      image.x_rows = memory.take(rows / isa_.pack * depth_width_);
       image.dx = memory.take(rows * depth_width_);
-      image.dy_columns = memory.take(rows * cols);
-      image.dy_rows = memory.take(rows * width_);
+      image.dy_columns = memory.take(rows * slots_);
+      image.dy_rows = memory.take(rows / isa_.pack * width_);
       image.argmax = memory.take(rows);
       image.max = memory.take(rows);
       image.share = memory.take(rows);
       image.share_rest = memory.take(rows);
       image.pivot = memory.take(rows);
       image.delta = memory.take(rows);
-      image.v_columns = separate_v_ ? memory.take(rows * cols) : image.x_columns;
+      image.v_columns = separate_v_ ? memory.take(rows * slots_) : image.x_columns;
       image.dv = separate_v_ ? memory.take(rows * width_) : image.dx;
       flight_.push_back(image);
     }
@@ -205,7 +215,7 @@ class Backward {
       const int64_t source = index * blocks_.channels;
       team.for_each_task(blocks_.count,
                          [&](int64_t block, int64_t) { pack(image, source, block); });
-      if (in_.coarse_y)
+      if (!in_.y)
         for_each_tile_pair(team, blocks_, [&](const TilePair& pair, int64_t thread) {
           gather_delta(image, pair.i, pair.j, tiles_[thread]);
         });
@@ -226,12 +236,14 @@ class Backward {
     const int64_t row = blocks_.first(block), rows = blocks_.rows(block);
     const int64_t depth = shape_.depth, cols = shape_.cols;
     const int64_t source = first_row + row;
-    isa_.pack_columns(in_.x + source * depth, depth, rows, depth, image.x_columns + row * depth);
-    isa_.pack_columns(in_.dy + source * cols, cols, rows, cols, image.dy_columns + row * cols);
-    isa_.pack_rows(in_.x + source * depth, depth, rows, depth, image.x_rows + row * depth_width_);
-    isa_.pack_rows(in_.dy + source * cols, cols, rows, cols, image.dy_rows + row * width_);
+    const void *x = isa_.at(in_.x, source * depth), *dy = isa_.at(in_.dy, source * cols);
+    isa_.pack_columns(x, depth, rows, depth, image.x_columns + row * x_slots_);
+    isa_.pack_columns(dy, cols, rows, cols, image.dy_columns + row * slots_);
+    isa_.pack_rows(x, depth, rows, depth, image.x_rows + row / isa_.pack * depth_width_);
+    isa_.pack_rows(dy, cols, rows, cols, image.dy_rows + row / isa_.pack * width_);
     if (separate_v_)
-      isa_.pack_columns(in_.v + source * cols, cols, rows, cols, image.v_columns + row * cols);
+      isa_.pack_columns(isa_.at(in_.v, source * cols), cols, rows, cols,
+                        image.v_columns + row * slots_);
     take_statistics(image, source, row, rows);
   }
 
@@ -241,14 +253,20 @@ class Backward {
       std::fill_n(array + row, blocks_.size, 0.0f);
     std::copy_n(in_.row_argmax + source, rows, image.argmax + row);
     reciprocals(in_.row_sum + source, rows, image.share + row, image.share_rest + row);
-    isa_.max_logits(image.x_columns + row * depth, in_.x + first * depth, image.argmax + row, rows,
-                    depth, scale_, image.max + row);
+    isa_.max_logits(image.x_columns + row * x_slots_, isa_.at(in_.x, first * depth),
+                    image.argmax + row, rows, depth, scale_, image.max + row);
     float use[kLargestBlock];
     for (int64_t r = 0; r < blocks_.size; r++) use[r] = image.share[row + r] > 0.5f ? 1.0f : 0.0f;
-    isa_.pivots(image.dy_columns + row * cols, in_.v + first * cols, in_.y + source * cols, nullptr,
-                0.0f, image.argmax + row, use, rows, cols, image.pivot + row, image.delta + row);
-    // A coarse y's delta is gathered from the tiles.
-    if (in_.coarse_y) std::fill_n(image.delta + row, blocks_.size, 0.0f);
+    const float* dy_columns = image.dy_columns + row * slots_;
+    isa_.pivots(dy_columns, isa_.at(in_.v, first * cols), image.argmax + row, use, rows, cols,
+                image.pivot + row);
+    if (!in_.y) {
+      std::fill_n(image.delta + row, blocks_.size, 0.0f);
+      return;
+    }
+    isa_.deltas(dy_columns, static_cast<const float*>(in_.v) + first * cols,
+                static_cast<const float*>(in_.y) + source * cols, nullptr, 0.0f, image.argmax + row,
+                use, rows, cols, image.delta + row);
   }
 
   void gather_delta(const BackwardImage& image, int64_t i, int64_t j, const Tile& tile) {
@@ -262,11 +280,13 @@ class Backward {
   void products(const BackwardImage& image, int64_t i, int64_t j, const Tile& tile) {
     const int64_t ld = blocks_.size, row = blocks_.first(i), col = blocks_.first(j);
     const int64_t rows = blocks_.rows(i), cols = blocks_.rows(j);
-    const int64_t depth = shape_.depth, k = shape_.cols;
-    isa_.gram(image.x_columns + row * depth, image.x_columns + col * depth, rows, cols, depth,
-              tile.s, ld);
-    isa_.gram(image.dy_columns + row * k, image.v_columns + col * k, rows, cols, k, tile.e, ld);
-    isa_.gram(image.v_columns + row * k, image.dy_columns + col * k, rows, cols, k, tile.f, ld);
+    isa_.gram(image.x_columns + row * x_slots_, image.x_columns + col * x_slots_, rows, cols,
+              shape_.depth, tile.s, ld);
+    const auto product = [&](const float* a, const float* b, float* c) {
+      isa_.gram(a + row * slots_, b + col * slots_, rows, cols, shape_.cols, c, ld);
+    };
+    product(image.dy_columns, image.v_columns, tile.e);
+    product(image.v_columns, image.dy_columns, tile.f);
   }
 
   void tile_pair(const BackwardImage& image, const TilePair& pair, const Tile& tile) {
@@ -274,42 +294,46 @@ class Backward {
     const int64_t ld = blocks_.size, row = blocks_.first(i), col = blocks_.first(j);
     const int64_t rows = blocks_.rows(i), cols = blocks_.rows(j);
     const int64_t depth = shape_.depth, k = shape_.cols;
+    const auto x_rows = [&](int64_t first) {
+      return image.x_rows + first / isa_.pack * depth_width_;
+    };
+    const auto dy_rows = [&](int64_t first) { return image.dy_rows + first / isa_.pack * width_; };
     for (const int64_t first : {row, col}) {
-      for (const float* wanted : {image.x_rows, image.dx})
-        prefetch(wanted + first * depth_width_, rows * depth_width_);
-      prefetch(image.dy_rows + first * width_, rows * width_);
+      prefetch(x_rows(first), rows / isa_.pack * depth_width_);
+      prefetch(image.dx + first * depth_width_, rows * depth_width_);
+      prefetch(dy_rows(first), rows / isa_.pack * width_);
     }
     products(image, i, j, tile);
     isa_.sci_gradient(tile.s, tile.e, tile.f, rows, cols, ld, scale_, image.stats(row),
                       image.stats(col));
-    isa_.multiply(tile.s, ld, image.x_rows + col * depth_width_, rows, depth, cols,
-                  image.dx + row * depth_width_, depth_width_, !new_i);
-    isa_.multiply(tile.f, ld, image.dy_rows + col * width_, rows, k, cols, image.dv + row * width_,
-                  width_, !new_i || !separate_v_);
+    isa_.multiply(tile.s, ld, x_rows(col), rows, depth, cols, image.dx + row * depth_width_,
+                  depth_width_, !new_i);
+    isa_.multiply(tile.f, ld, dy_rows(col), rows, k, cols, image.dv + row * width_, width_,
+                  !new_i || !separate_v_);
     if (i == j) return;
-    isa_.multiply_transposed(tile.s, ld, image.x_rows + row * depth_width_, cols, depth, rows,
-                             image.dx + col * depth_width_, depth_width_, !new_j);
-    isa_.multiply_transposed(tile.e, ld, image.dy_rows + row * width_, cols, k, rows,
+    isa_.multiply_transposed(isa_.across(tile.s, tile.e, ld), isa_.pack * ld, x_rows(row), cols,
+                             depth, rows, image.dx + col * depth_width_, depth_width_, !new_j);
+    isa_.multiply_transposed(tile.e, isa_.pack * ld, dy_rows(row), cols, k, rows,
                              image.dv + col * width_, width_, !new_j || !separate_v_);
   }
 
   void finish(const BackwardImage& image, int64_t first_row, int64_t block) {
     const int64_t row = blocks_.first(block), rows = blocks_.rows(block);
     const int64_t target = first_row + row;
-    const auto copy = [&](const float* from, int64_t ld, int64_t n, float* to) {
-      for (int64_t r = 0; r < rows; r++) std::copy_n(from + r * ld, n, to + r * n);
-    };
-    copy(image.dx + row * depth_width_, depth_width_, shape_.depth, dx_ + target * shape_.depth);
-    if (separate_v_) copy(image.dv + row * width_, width_, shape_.cols, dv_ + target * shape_.cols);
+    isa_.results(image.dx + row * depth_width_, depth_width_, rows, shape_.depth, nullptr,
+                 isa_.at(dx_, target * shape_.depth));
+    if (separate_v_)
+      isa_.results(image.dv + row * width_, width_, rows, shape_.cols, nullptr,
+                   isa_.at(dv_, target * shape_.cols));
   }
 
   const Kernels& isa_;
   const Shape shape_;
-  const int64_t depth_width_, width_;
+  const int64_t x_slots_, slots_, depth_width_, width_;
   const float scale_;
   const Blocks blocks_;
   const Inputs in_;
-  float *dx_, *dv_;
+  void *dx_, *dv_;
   const bool separate_v_;
   std::vector<BackwardImage> flight_;
   std::vector<Tile> tiles_;
@@ -319,12 +343,13 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> sci(const at::Tensor& x,
                                                    const std::optional<at::Tensor>& v,
                                                    double scale) {
   check_features("cpu_sci", x, v);
-  const at::Tensor wide_x = wide(x), wide_v = v ? wide(*v) : wide_x;
-  at::Tensor y = at::empty_like(wide_v);
-  at::Tensor row_argmax = at::empty({x.size(0), x.size(1)}, wide_x.options());
+  const Kernels& isa = kernels_for(x);
+  const at::Tensor our_x = elements(isa, x), our_v = v ? elements(isa, *v) : our_x;
+  at::Tensor y = at::empty_like(our_v);
+  at::Tensor row_argmax = at::empty({x.size(0), x.size(1)}, x.options().dtype(at::kFloat));
   at::Tensor row_sum = at::empty_like(row_argmax);
   if (x.size(0) > 0)
-    Forward(wide_x, wide_v, static_cast<float>(scale), y, row_argmax, row_sum).run();
+    Forward(isa, our_x, our_v, static_cast<float>(scale), y, row_argmax, row_sum).run();
   return {y.to(x.scalar_type()), row_argmax, row_sum};
 }
 
@@ -338,21 +363,21 @@ std::tuple<at::Tensor, at::Tensor> sci_backward(const at::Tensor& dy, const at::
   check_shape("cpu_sci_backward", "y", y, dy.sizes());
   check_shape("cpu_sci_backward", "row_max", row_argmax, rows);
   check_shape("cpu_sci_backward", "row_sum", row_sum, rows);
-  const at::Tensor wide_x = wide(x), wide_dy = wide(dy), wide_y = wide(y);
-  const at::Tensor wide_v = v ? wide(*v) : wide_x;
-  at::Tensor dx = at::empty_like(wide_x);
-  at::Tensor dv = v ? at::empty_like(wide_v) : at::empty({0}, wide_x.options());
-  const Backward::Shape shape{x.size(0), x.size(1), x.size(2), wide_v.size(2)};
-  const Backward::Inputs in{wide_dy.const_data_ptr<float>(),
-                            wide_x.const_data_ptr<float>(),
-                            wide_v.const_data_ptr<float>(),
-                            wide_y.const_data_ptr<float>(),
+  const Kernels& isa = kernels_for(x);
+  const at::Tensor our_x = elements(isa, x), our_v = v ? elements(isa, *v) : our_x;
+  const at::Tensor our_dy = elements(isa, dy), our_y = is_coarse(x) ? y : elements(isa, y);
+  at::Tensor dx = at::empty_like(our_x);
+  at::Tensor dv = v ? at::empty_like(our_v) : at::empty({0}, our_x.options());
+  const Backward::Shape shape{x.size(0), x.size(1), x.size(2), our_v.size(2)};
+  const Backward::Inputs in{our_dy.const_data_ptr(),
+                            our_x.const_data_ptr(),
+                            our_v.const_data_ptr(),
+                            is_coarse(x) ? nullptr : our_y.const_data_ptr(),
                             row_argmax.const_data_ptr<float>(),
-                            row_sum.const_data_ptr<float>(),
-                            x.scalar_type() != at::kFloat || x.size(1) <= kExactChannels};
+                            row_sum.const_data_ptr<float>()};
   if (x.size(0) > 0)
-    Backward(shape, static_cast<float>(scale), in, dx.mutable_data_ptr<float>(),
-             v ? dv.mutable_data_ptr<float>() : nullptr)
+    Backward(isa, shape, static_cast<float>(scale), in, dx.mutable_data_ptr(),
+             v ? dv.mutable_data_ptr() : nullptr)
         .run();
   return {dx.to(x.scalar_type()), dv.to(x.scalar_type())};
 }

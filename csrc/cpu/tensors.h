@@ -7,10 +7,30 @@
 
 #include <optional>
 
+#include "kernels.h"
+
 namespace cin_fast {
 
-// float32, contiguous: what the kernels compute in.
+// float32, contiguous.
 inline at::Tensor wide(const at::Tensor& t) { return t.to(at::kFloat).contiguous(); }
+
+// As the kernels' elements, contiguous.
+inline at::Tensor elements(const Kernels& isa, const at::Tensor& t) {
+  return t.to(isa.pack == 2 ? at::kBFloat16 : at::kFloat).contiguous();
+}
+
+inline const Kernels& kernels_for(const at::Tensor& x) {
+  // Among fewer channels the rounding of single weights to bfloat16 shows in the result.
+  constexpr int64_t kFewChannels = 16;
+  return kernels(x.scalar_type() == at::kBFloat16 && x.size(1) >= kFewChannels);
+}
+
+// Whether results of x's kind are too coarse for delta = dY . Y, which then takes a sweep of its
+// own: in 16 bits, and with so few channels that the exact sum of P dP is worth one.
+inline bool is_coarse(const at::Tensor& x) {
+  constexpr int64_t kExactChannels = 256;
+  return x.scalar_type() != at::kFloat || x.size(1) <= kExactChannels;
+}
 
 inline void check_features(const char* name, const at::Tensor& x,
                            const std::optional<at::Tensor>& v) {

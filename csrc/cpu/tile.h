@@ -21,38 +21,45 @@ inline void for_each_panel(int64_t width, Visit visit) {
   }
 }
 
-inline void pack_columns(const float* src, int64_t ld, int64_t rows, int64_t depth, float* dst) {
+inline int64_t slots(int64_t depth) { return (depth + kPack - 1) / kPack; }
+
+inline void pack_columns(const void* source, int64_t ld, int64_t rows, int64_t depth, float* dst) {
+  const int64_t length = slots(depth);
   for_each_panel(rows, [&](int64_t first, int64_t lanes, int64_t n) {
-    const float* from = src + first * ld;
-    float* to = dst + first * depth;
+    const Element* from = static_cast<const Element*>(source) + first * ld;
+    float* to = dst + first * length;
     const int64_t pitch = n * kWidth;
     // By way of a small square: rows at a power of two apart share a few places in the cache.
     constexpr int64_t kStep = 16;
     float square[kVecs * kWidth][kStep] = {};
-    for (int64_t first_k = 0; first_k < depth; first_k += kStep) {
-      const int64_t length = depth - first_k < kStep ? depth - first_k : kStep;
-      for (int64_t lane = 0; lane < lanes; lane++)
-        std::memcpy(square[lane], from + lane * ld + first_k, length * sizeof(float));
-      for (int64_t k = 0; k < length; k++)
+    for (int64_t first_k = 0; first_k < length; first_k += kStep) {
+      const int64_t here = length - first_k < kStep ? length - first_k : kStep;
+      const int64_t left = depth - first_k * kPack;
+      const int64_t elements = left < here * kPack ? left : here * kPack;
+      for (int64_t lane = 0; lane < lanes; lane++) {
+        square[lane][here - 1] = 0;
+        std::memcpy(square[lane], from + lane * ld + first_k * kPack, elements * sizeof(Element));
+      }
+      for (int64_t k = 0; k < here; k++)
         for (int64_t lane = 0; lane < pitch; lane++)
           to[(first_k + k) * pitch + lane] = square[lane][k];
     }
   });
 }
 
-inline void pack_rows(const float* src, int64_t ld, int64_t rows, int64_t cols, float* dst) {
+inline void pack_rows(const void* source, int64_t ld, int64_t rows, int64_t cols, float* dst) {
   for_each_panel(cols, [&](int64_t first, int64_t lanes, int64_t n) {
-    const float* from = src + first;
-    float* to = dst + first * rows;
-    const int64_t pitch = n * kWidth;
-    for (int64_t row = 0; row < rows; row++) {
-      std::memcpy(to + row * pitch, from + row * ld, lanes * sizeof(float));
-      for (int64_t lane = lanes; lane < pitch; lane++) to[row * pitch + lane] = 0;
+    float* to = dst + first * slots(rows);
+    for (int64_t row = 0; row < rows; row += kPack) {
+      const Element* from = static_cast<const Element*>(source) + row * ld + first;
+      const Element* below = row + 1 < rows ? from + ld : nullptr;
+      for (int64_t lane = 0; lane < n * kWidth; lane += kWidth, to += kWidth)
+        store(to, load_slots(from + lane, below ? below + lane : nullptr, lanes - lane));
     }
   });
 }
 
-// c (+)= a b for R rows and N vectors: a is (R, depth) at pitch lda, or its transpose.
+// c (+)= a b for R rows and N vectors: a is (R, depth) slots at pitch lda, or its transpose.
 template <int R, int N, bool kTransposed>
 inline void micro_kernel(const float* a, int64_t lda, const float* b, int64_t depth, float* c,
                          int64_t ldc, bool add) {
@@ -74,7 +81,7 @@ inline void micro_kernel(const float* a, int64_t lda, const float* b, int64_t de
     for (int r = 0; r < R; r++) {
       const Vec left = splat(kTransposed ? a[k * lda + r] : a[r * lda + k]);
 #pragma GCC unroll 4
-      for (int n = 0; n < N; n++) acc[r][n] = fma(left, right[n], acc[r][n]);
+      for (int n = 0; n < N; n++) acc[r][n] = dot(left, right[n], acc[r][n]);
     }
   }
 #pragma GCC unroll 8
@@ -110,30 +117,31 @@ inline void panel(const float* a, int64_t lda, const float* b, int64_t n, int64_
 template <bool kTransposed>
 inline void multiply(const float* a, int64_t lda, const float* b, int64_t rows, int64_t cols,
                      int64_t depth, float* c, int64_t ldc, bool add) {
+  const int64_t length = slots(depth);
   for_each_panel(cols, [&](int64_t first, int64_t, int64_t n) {
-    panel<kTransposed>(a, lda, b + first * depth, n, rows, depth, c + first, ldc, add);
+    panel<kTransposed>(a, lda, b + first * length, n, rows, length, c + first, ldc, add);
   });
 }
 
-// Deep products go in equal steps of at most kDepth: operands stay in the cache, and a sum of short
-// sums rounds less than one long one. MKL takes L = 196 in two steps, too.
+// Deep products go in equal steps of at most kDepth slots: operands stay in the cache, and a sum of
+// short sums rounds less than one long one. MKL takes L = 196 in two steps, too.
 constexpr int64_t kDepth = 112;
 
-inline int64_t depth_step(int64_t depth) {
-  const int64_t steps = (depth + kDepth - 1) / kDepth;
-  return (depth + steps - 1) / steps;
+inline int64_t depth_step(int64_t length) {
+  const int64_t steps = (length + kDepth - 1) / kDepth;
+  return (length + steps - 1) / steps;
 }
 
 inline void gram(const float* a, const float* b, int64_t rows, int64_t cols, int64_t depth,
                  float* c, int64_t ldc) {
-  const int64_t step = depth_step(depth);
-  for (int64_t k = 0; k < depth; k += step) {
-    const int64_t length = depth - k < step ? depth - k : step;
+  const int64_t length = slots(depth), step = depth_step(length);
+  for (int64_t k = 0; k < length; k += step) {
+    const int64_t here = length - k < step ? length - k : step;
     for_each_panel(cols, [&](int64_t col, int64_t, int64_t n) {
-      const float* right = b + col * depth + k * n * kWidth;
+      const float* right = b + col * length + k * n * kWidth;
       for_each_panel(rows, [&](int64_t row, int64_t lanes, int64_t m) {
-        const float* left = a + row * depth + k * m * kWidth;
-        panel<true>(left, m * kWidth, right, n, lanes, length, c + row * ldc + col, ldc, k > 0);
+        const float* left = a + row * length + k * m * kWidth;
+        panel<true>(left, m * kWidth, right, n, lanes, here, c + row * ldc + col, ldc, k > 0);
       });
     });
   }

@@ -1,0 +1,163 @@
+// |W_i - eta_i W_partner(i)| v_i on the CPU. The softmax's statistics come first, in a sweep of
+// their own: the absolute value needs final weights.
+
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <torch/library.h>
+
+#include <optional>
+#include <tuple>
+
+#include "cci.h"
+
+namespace cin_fast {
+namespace {
+
+class PairsForward : Pairs {
+ public:
+  struct Data {
+    // x, v, y, b: elements.
+    const void *x, *v;
+    void *y, *b;
+    float *row_argmax, *row_sum;
+  };
+  PairsForward(const Kernels& isa, const Shape& shape, float scale, std::vector<Pair> pairs,
+               const float* eta, const Data& data)
+      : Pairs(isa, shape, scale, std::move(pairs), eta), data_(data) {}
+
+  void run() {
+    const int64_t images = images_under_way(), rows = blocks_.padded();
+    Scratch memory(images * rows * (x_slots_ + 3 * width_ + 8));
+    for (int64_t n = 0; n < images; n++) {
+      PairImage image{};
+      image.x_columns = memory.take(rows * x_slots_);
+      image.v_rows = memory.take(packed_row(rows, width_));
+      image.acc = memory.take(rows * width_);
+      image.acc2 = memory.take(rows * width_);
+      take_statistics(image, memory);
+      flight_.push_back(image);
+    }
+    make_tiles();
+    for_each_pair([&](const Job& job, const Team& team) {
+      for_each_block(job, team, [&](int64_t side, int64_t block) { pack(job, side, block); });
+      for (int64_t side = 0; side < job.images; side++)
+        for_each_tile_pair(team, blocks_, [&](const TilePair& pair, int64_t thread) {
+          statistics(*job.side[side], pair, tiles_[thread]);
+        });
+      for_each_block(job, team, [&](int64_t side, int64_t block) { shares(job, side, block); });
+      for_each_tile_pair(team, blocks_, [&](const TilePair& pair, int64_t thread) {
+        tile_pair(job, pair, tiles_[thread]);
+      });
+      for_each_block(job, team, [&](int64_t side, int64_t block) { finish(job, side, block); });
+    });
+  }
+
+ private:
+  void pack(const Job& job, int64_t side, int64_t block) {
+    const PairImage& packed = *job.side[side];
+    const int64_t row = blocks_.first(block), rows = blocks_.rows(block);
+    const int64_t source = job.index[side] * blocks_.channels + row;
+    isa_.pack_columns(isa_.at(data_.x, source * shape_.depth), shape_.depth, rows, shape_.depth,
+                      packed.x_columns + row * x_slots_);
+    isa_.pack_rows(isa_.at(data_.v, source * shape_.cols), shape_.cols, rows, shape_.cols,
+                   packed.v_rows + packed_row(row, width_));
+    // cci_weights asks for numbers that only the backward pass has.
+    std::fill_n(packed.pivot + row, blocks_.size, 0.0f);
+    std::fill_n(packed.delta + row, blocks_.size, 0.0f);
+  }
+
+  void statistics(const PairImage& sums, const TilePair& pair, const Tile& tile) {
+    const auto [i, j, new_i, new_j] = pair;
+    float* s = tile.t[0];
+    const int64_t ld = blocks_.size, row = blocks_.first(i), col = blocks_.first(j);
+    const int64_t rows = blocks_.rows(i), cols = blocks_.rows(j);
+    gram(sums, i, j, s);
+    isa_.scale_and_max(s, rows, cols, ld, scale_, tile.row_max, tile.col_max);
+    isa_.merge_max(s, rows, cols, ld, false, tile.row_max, col, new_i, sums.max + row,
+                   sums.argmax + row, sums.sum + row, tile.factor);
+    isa_.exponentials(s, rows, cols, ld, sums.max + row, nullptr, sums.sum + row);
+    if (i == j) return;
+    isa_.merge_max(s, rows, cols, ld, true, tile.col_max, row, new_j, sums.max + col,
+                   sums.argmax + col, sums.sum + col, tile.factor);
+    isa_.mirrored_exponentials(s, rows, cols, ld, sums.max + col, nullptr, sums.sum + col);
+  }
+
+  void shares(const Job& job, int64_t side, int64_t block) {
+    const PairImage& sums = *job.side[side];
+    const int64_t row = blocks_.first(block), rows = blocks_.rows(block);
+    const int64_t target = job.index[side] * blocks_.channels + row;
+    reciprocals(sums.sum + row, rows, sums.share + row, sums.share_rest + row);
+    std::copy_n(sums.argmax + row, rows, data_.row_argmax + target);
+    std::copy_n(sums.sum + row, rows, data_.row_sum + target);
+  }
+
+  void tile_pair(const Job& job, const TilePair& pair, const Tile& tile) {
+    const auto [i, j, new_i, new_j] = pair;
+    float* s[2] = {tile.t[0], tile.t[job.images - 1]};
+    for (int64_t n = 0; n < job.images; n++) gram(*job.side[n], i, j, s[n]);
+    for (int64_t n = 0; n < job.images; n++) {
+      const PairImage &own = *job.side[n], &other = *job.side[1 - n];
+      weigh(own, other, s[n], s[1 - n], job.eta[n], i, j, false, new_i, tile);
+      if (i != j) weigh(own, other, s[n], s[1 - n], job.eta[n], i, j, true, new_j, tile);
+    }
+  }
+
+  void weigh(const PairImage& own, const PairImage& other, const float* s, const float* other_s,
+             float eta, int64_t i, int64_t j, bool mirrored, bool first, const Tile& tile) {
+    const int64_t ld = blocks_.size, row = blocks_.first(i), col = blocks_.first(j);
+    const int64_t rows = blocks_.rows(i), cols = blocks_.rows(j);
+    float *a = tile.t[2], *b = tile.t[3];
+    const int64_t to = mirrored ? col : row, from = mirrored ? row : col;
+    isa_.cci_weights(s, other_s, own.stats(to), other.stats(to), mirrored, eta, rows, cols, ld,
+                     scale_, a, b);
+    const auto multiply = mirrored ? isa_.multiply_transposed : isa_.multiply;
+    const int64_t n = mirrored ? cols : rows, depth = mirrored ? rows : cols;
+    const int64_t pitch = mirrored ? isa_.pack * ld : ld;
+    const float* v_rows = own.v_rows + packed_row(from, width_);
+    multiply(a, pitch, v_rows, n, shape_.cols, depth, own.acc + to * width_, width_, !first);
+    multiply(b, pitch, v_rows, n, shape_.cols, depth, own.acc2 + to * width_, width_, !first);
+  }
+
+  void finish(const Job& job, int64_t side, int64_t block) {
+    const PairImage& sums = *job.side[side];
+    const int64_t row = blocks_.first(block), rows = blocks_.rows(block);
+    const int64_t target = (job.index[side] * blocks_.channels + row) * shape_.cols;
+    for (const auto& [sum, to] : {std::pair{sums.acc, data_.y}, {sums.acc2, data_.b}})
+      isa_.results(sum + row * width_, width_, rows, shape_.cols, nullptr, isa_.at(to, target));
+  }
+
+  const Data data_;
+};
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> cci(const at::Tensor& x,
+                                                               const at::Tensor& partner,
+                                                               const at::Tensor& eta,
+                                                               const std::optional<at::Tensor>& v,
+                                                               double scale) {
+  check_pairs("cpu_cci", x, partner, eta, v);
+  const Kernels& isa = kernels_for(x);
+  const at::Tensor our_x = elements(isa, x), our_v = v ? elements(isa, *v) : our_x;
+  const at::Tensor wide_eta = wide(eta);
+  at::Tensor y = at::empty_like(our_v), b = at::empty_like(our_v);
+  at::Tensor row_argmax = at::empty({x.size(0), x.size(1)}, x.options().dtype(at::kFloat));
+  at::Tensor row_sum = at::empty_like(row_argmax);
+  const Shape shape{x.size(0), x.size(1), x.size(2), our_v.size(2)};
+  const PairsForward::Data data{our_x.const_data_ptr(),
+                                our_v.const_data_ptr(),
+                                y.mutable_data_ptr(),
+                                b.mutable_data_ptr(),
+                                row_argmax.mutable_data_ptr<float>(),
+                                row_sum.mutable_data_ptr<float>()};
+  if (x.size(0) > 0)
+    PairsForward(isa, shape, static_cast<float>(scale), make_pairs(partner),
+                 wide_eta.const_data_ptr<float>(), data)
+        .run();
+  return {y.to(x.scalar_type()), b.to(x.scalar_type()), row_argmax, row_sum};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(cin_fast, CPU, m) { m.impl("cpu_cci", &cci); }
+
+}  // namespace cin_fast
