@@ -8,8 +8,8 @@ import pytest
 import torch
 from cases import DEVICE, Case, head_cases
 from compare import Entry, Work
-from operators import Problem, check_close, entry
-from rivals import eager_head, head_rivals
+from operators import Problem, entry
+from rivals import eager_head, head_rivals, pooled_head
 
 from cin_fast.cost import sci_flops
 from cin_fast.testing import make_input
@@ -27,12 +27,13 @@ def problem(case: Case) -> Problem:
     size = (case.batch, case.channels, case.height, case.width)
     x_BCHW = make_input("relu", size, case.dtype, DEVICE)
     dy_BC = torch.randn_like(x_BCHW[..., 0, 0]) if case.backward else None
-    return Problem(eager_head, (x_BCHW,), (weight, bias), dy=dy_BC)
+    pooled = partial(pooled_head, backend="reference")
+    return Problem(eager_head, (x_BCHW,), (weight, bias), dy=dy_BC, also=pooled)
 
 
 def prepare(case: Case, name: str) -> Entry:
     """A rival with its inputs."""
-    return entry(RIVALS[name], problem(case), check_close)
+    return entry(RIVALS[name], problem(case))
 
 
 @pytest.mark.parametrize("rival", RIVALS)
