@@ -91,8 +91,9 @@ def test_every_kernel_is_compiled_for_every_chip(kernels: list[Kernel]) -> None:
             for products in PRODUCTS:
                 assert re.search(rf"{stem}_kernel\w*{products}", names), (stem, products, chip)
         for what in ("forward", "backward", "terms"):
-            assert len(re.findall(rf"\w+sci_resident_{what}_kernel\w+", names)) == 8, (what, chip)
-        assert len(re.findall(r"\w+sci_wgmma_forward_kernel\w+", names)) == 8, chip
+            for path in ("resident", "wgmma"):
+                found = re.findall(rf"\w+sci_{path}_{what}_kernel\w+", names)
+                assert len(found) == 8, (path, what, chip)
 
 
 def test_nothing_spills(kernels: list[Kernel]) -> None:
@@ -103,8 +104,11 @@ def test_nothing_spills(kernels: list[Kernel]) -> None:
 def test_registers_suffice_for_a_block(kernels: list[Kernel]) -> None:
     for kernel in kernels:
         threads = 256 if "cci_" in kernel.name or "repack" in kernel.name else 128
-        if "wgmma" in kernel.name:
+        if "wgmma" in kernel.name and kernel.chip == "sm_90a":
+            # What setmaxnreg then shares out, 24 to the producer's threads and 240 to the others':
+            # at least as many have to be there.
             threads = 384
+            assert kernel.registers * threads >= 128 * 24 + 256 * 240, kernel
         assert kernel.registers * threads <= REGISTERS_OF_A_MULTIPROCESSOR, kernel
         assert kernel.registers <= 255, kernel
 

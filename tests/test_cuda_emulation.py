@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from emulation import HOPPER, Emulator
+from emulation import AMPERE, HOPPER, Emulator
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -81,9 +81,8 @@ def test_sci_on_hopper(
     emulator.choose(HOPPER)
     for shape in SHAPES:
         x, v, dy = inputs(kind, shape, columns, dtype)
-        ops.sci(x, v, backend="cuda")
-        assert shape[0] == 0 or "sci_wgmma_forward" in emulator.launched
         check_sci("cuda", x, v, dy)
+        assert shape[0] == 0 or "sci_wgmma_backward" in emulator.launched
 
 
 @pytest.mark.parametrize("columns", [None, 9])
@@ -200,8 +199,10 @@ def test_any_strides(emulator: Emulator) -> None:
         assert torch.equal(ops.sci(same, backend="cuda"), expected)
 
 
+@pytest.mark.parametrize("chip", [AMPERE, HOPPER])
 @pytest.mark.parametrize("order", [1, 2])
-def test_any_order_of_warps_gives_the_same_bits(emulator: Emulator, order: int) -> None:
+def test_any_order_of_warps_gives_the_same_bits(emulator: Emulator, order: int, chip: int) -> None:
+    emulator.choose(chip)
     x, v, dy = inputs("randn", (2, 70, 72), None, torch.bfloat16)
     pairs = make_pairs(2)
     for check in (check_sci, lambda *a: check_cci(a[0], a[1], *pairs, *a[2:])):

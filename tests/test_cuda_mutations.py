@@ -5,13 +5,14 @@ Only the bfloat16 instance of one file is compiled, beside the session's other o
 
 from __future__ import annotations
 
+import ctypes
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
-from emulation import EmulationError, Emulator, build, registered
+from emulation import HOPPER, EmulationError, Emulator, build, build_probe, registered
 from torch import Tensor
 
 from cin_fast.testing import check_cci, check_sci, make_input, make_pairs
@@ -115,7 +116,127 @@ MUTATIONS = (
 )
 
 
-@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda m: m.name)
+def on_hopper(name: str, file: str, old: str, new: str, symptom: str) -> Mutation:
+    return Mutation(name, file, old, new, symptom, "sci_wgmma.cu", 0)
+
+
+HOPPER_MUTATIONS = (
+    on_hopper(
+        "full stage unawaited",
+        "warpgroup.cuh",
+        "ptx::mbarrier_wait(full(tile), tile / kStages % 2);",
+        "",
+        "in flight|never written|has not waited",
+    ),
+    on_hopper(
+        "empty stage unawaited",
+        "warpgroup.cuh",
+        "ptx::mbarrier_wait(empty(tile), (tile / kStages + 1) % 2);",
+        "",
+        "in flight|may still be read|more arrivals",
+    ),
+    on_hopper(
+        "parity flipped",
+        "warpgroup.cuh",
+        "ptx::mbarrier_wait(full(tile), tile / kStages % 2);",
+        "ptx::mbarrier_wait(full(tile), (tile / kStages + 1) % 2);",
+        "in flight|never written|has not waited",
+    ),
+    on_hopper(
+        "a piece of the bytes unexpected",
+        "warpgroup.cuh",
+        "ptx::mbarrier_arrive_expect(full(tile), bytes);",
+        "ptx::mbarrier_arrive_expect(full(tile), bytes - 16);",
+        "deadlock.* at an mbarrier .*bytes of bulk copies",
+    ),
+    on_hopper(
+        "a panel's bytes unexpected",
+        "warpgroup.cuh",
+        "ptx::mbarrier_arrive_expect(full(tile), bytes);",
+        "ptx::mbarrier_arrive_expect(full(tile), bytes - 64 * 32);",
+        "in flight|has not waited|deadlock",
+    ),
+    on_hopper(
+        "too few arrivals expected",
+        "warpgroup.cuh",
+        "kConsumers * kGroupThreads / 32",
+        "kConsumers",
+        "more arrivals|may still be read|in flight",
+    ),
+    on_hopper(
+        "barriers hidden from the copies",
+        "warpgroup.cuh",
+        "ptx::fence_mbarrier_init();",
+        "",
+        "no fence_mbarrier_init",
+    ),
+    on_hopper(
+        "barriers used before all know them",
+        "warpgroup.cuh",
+        "    }\n    __syncthreads();",
+        "    }",
+        "no barrier between|no mbarrier",
+    ),
+    on_hopper(
+        "wait loosened",
+        "sci_wgmma.cu",
+        "ptx::wgmma_wait<0>();\n    softmax.update",
+        "ptx::wgmma_wait<1>();\n    softmax.update",
+        "before its wait|error",
+    ),
+    on_hopper(
+        "no fence before wgmma",
+        "sci_wgmma.cu",
+        "pack<T>(weights, s);\n    ptx::wgmma_fence();",
+        "pack<T>(weights, s);",
+        "wgmma_fence",
+    ),
+    on_hopper(
+        "stage released too early",
+        "sci_wgmma.cu",
+        "ptx::wgmma_wait<0>();\n    ring.release(tile);",
+        "ring.release(tile);\n    ptx::wgmma_wait<0>();",
+        "may still be read",
+    ),
+    on_hopper(
+        "swizzle wrong",
+        "warpgroup.cuh",
+        "row * kPanelRow, ptx::Swizzle::k128Bytes",
+        "row * kPanelRow, ptx::Swizzle::k32Bytes",
+        "error|never written|in flight",
+    ),
+    on_hopper(
+        "stride wrong",
+        "warpgroup.cuh",
+        "ptx::Swizzle::k128Bytes, 8 * kPanelRow, 16",
+        "ptx::Swizzle::k128Bytes, 4 * kPanelRow, 16",
+        "error|never written|in flight",
+    ),
+    on_hopper(
+        "next panel wrong",
+        "warpgroup.cuh",
+        "8 * kPanelRow, kPanelBytes)",
+        "8 * kPanelRow, kPanelBytes / 2)",
+        "error|never written|in flight",
+    ),
+    on_hopper(
+        "tile off by a row",
+        "sci_wgmma.cu",
+        "ring.full(tile), tile * kWidth, block.image",
+        "ring.full(tile), tile * kWidth + 1, block.image",
+        "error",
+    ),
+    on_hopper(
+        "more registers than there are",
+        "warpgroup.cuh",
+        "kProducerRegisters = 24",
+        "kProducerRegisters = 40",
+        "65536",
+    ),
+)
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS + HOPPER_MUTATIONS, ids=lambda m: m.name)
 def test_mutation_is_seen(
     mutation: Mutation,
     emulation_library: Path,
@@ -134,8 +255,10 @@ def test_mutation_is_seen(
     shutil.copytree(emulation_library.parent, objects)
     library = build(csrc, objects, only=mutation.kernels)
 
-    x = make_input("diffuse", (2, 70, 72), torch.bfloat16)
-    dy = make_input("randn", (2, 70, 72), torch.bfloat16, seed=1)
+    # On Hopper as many tiles of 128 columns as make the ring go round.
+    shape = (1, 390, 72) if mutation in HOPPER_MUTATIONS else (2, 70, 72)
+    x = make_input("diffuse", shape, torch.bfloat16)
+    dy = make_input("randn", shape, torch.bfloat16, seed=1)
     with (
         registered(library, monkeypatch) as emulator,
         pytest.raises((EmulationError, AssertionError), match=mutation.symptom),
@@ -144,7 +267,10 @@ def test_mutation_is_seen(
 
 
 def run(emulator: Emulator, mutation: Mutation, x: Tensor, dy: Tensor) -> None:
-    emulator.shared_limit = mutation.shared_limit
+    if mutation in HOPPER_MUTATIONS:
+        emulator.choose(HOPPER)
+    else:
+        emulator.shared_limit = mutation.shared_limit
     if mutation.kernels == "cci.cu":
         check_cci("cuda", x, *make_pairs(len(x)), None, dy)
     else:
@@ -158,3 +284,20 @@ def keep_bfloat16_alone(host: Path) -> None:
         assert unused in text
         text = text.replace(unused, "HalfProducts<__nv_bfloat16>{}")
     host.write_text(text)
+
+
+def test_unfenced_stores_are_seen(repository: Path, tmp_path: Path) -> None:
+    """The kernels store no operand themselves; the probes of the wrappers do."""
+    shutil.copytree(repository / "csrc", tmp_path / "csrc")
+    probe = tmp_path / "tests" / "ptx_probe.cu"
+    probe.parent.mkdir()
+    text = (repository / "tests" / "ptx_probe.cu").read_text()
+    assert "ptx::fence_proxy_async();" in text
+    probe.write_text(text.replace("ptx::fence_proxy_async();", ""))
+    library = ctypes.CDLL(str(build_probe(tmp_path, tmp_path)))
+    library.emulation_error.restype = ctypes.c_char_p
+    a, b, c = torch.zeros(64, 32), torch.zeros(32, 16), torch.zeros(64, 16)
+    fields = torch.tensor([3, 256, 16], dtype=torch.int32)
+    library.emulation_reset(0, 48 * 1024)
+    library.probe_wgmma_rs_16_32_bf16(*(ctypes.c_void_p(t.data_ptr()) for t in (a, b, c, fields)))
+    assert b"no fence.proxy.async" in library.emulation_error()

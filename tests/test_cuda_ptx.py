@@ -48,14 +48,25 @@ def probe(
             pytest.skip("no CUDA device is visible: the PTX itself is not tested here")
         if not shutil.which("nvcc"):
             pytest.skip("no nvcc on PATH")
-        chip = "sm_{}{}".format(*torch.cuda.get_device_capability())
         library = folder / "libprobe.so"
-        flags = ["-std=c++20", f"-arch={chip}", "-shared", "-Xcompiler=-fPIC"]
-        emulation.run(["nvcc", *flags, str(source), "-o", str(library)])
+        chip = "{}{}".format(*torch.cuda.get_device_capability())
+        compile_probe(source, library, "90a" if chip == "90" else chip)
         return Probe(library, "cuda")
     if platform.machine() != "x86_64" or not shutil.which("g++"):
         pytest.skip("the emulation of CUDA needs g++ and an x86-64 processor")
     return Probe(emulation.build_probe(repository, folder), "cpu")
+
+
+def compile_probe(source: Path, library: Path, chip: str) -> None:
+    target = f"-gencode=arch=compute_{chip},code=sm_{chip}"
+    flags = ["-std=c++20", target, "-shared", "-Xcompiler=-fPIC"]
+    emulation.run(["nvcc", *flags, str(source), "-o", str(library)])
+
+
+def test_probes_compile(repository: Path, tmp_path: Path) -> None:
+    if not shutil.which("nvcc"):
+        pytest.skip("no nvcc on PATH")
+    compile_probe(repository / "tests" / "ptx_probe.cu", tmp_path / "libprobe.so", "90a")
 
 
 @pytest.mark.parametrize(
@@ -104,3 +115,94 @@ def test_scalars(probe: Probe) -> None:
     as_float = rounded.view(torch.float32)
     assert not (rounded & 0x1FFF)[finite].any()
     assert ((as_float - values).abs() <= values.abs() * 2**-11)[finite].all()
+
+
+# Numbered as in the descriptor.
+SWIZZLE = {128: 1, 32: 3}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def skip_unless_hopper(probe: Probe) -> None:
+    if probe.device == "cuda" and torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("wgmma and its copies exist on compute capability 9.0 alone")
+
+
+def multiply(probe: Probe, name: str, a: Tensor, b: Tensor, columns: int, *fields: int) -> Tensor:
+    c = torch.full((64, columns), float("nan"))
+    # Read by the host's side of the probe.
+    described = torch.tensor(fields, dtype=torch.int32)
+    copies = [t.to(probe.device) for t in (a, b, c)]
+    if probe.device == "cpu":
+        probe._library.emulation_reset(0, 48 * 1024)
+    pointers = [ctypes.c_void_p(t.data_ptr()) for t in (*copies, described)]
+    getattr(probe._library, f"probe_{name}")(*pointers)
+    return copies[2].cpu()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("row_bytes", SWIZZLE)
+@pytest.mark.parametrize("columns", [32, 64, 128])
+def test_wgmma_along_rows(probe: Probe, columns: int, row_bytes: int, dtype: str) -> None:
+    """Both operands in shared memory, the depth along their rows."""
+    skip_unless_hopper(probe)
+    depth = row_bytes // 2
+    a = torch.randint(-8, 9, (64, depth)).to(DTYPES[dtype])
+    b = torch.randint(-8, 9, (columns, depth)).to(DTYPES[dtype])
+    name = f"wgmma_ss_{columns}_{row_bytes}_{dtype}"
+    expect(probe, name, a, b, a.float() @ b.float().T, SWIZZLE[row_bytes], 8 * row_bytes, 16)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("columns", "row_bytes"), [(192, 128), (64, 128), (16, 32)])
+def test_wgmma_down_panels(probe: Probe, columns: int, row_bytes: int, dtype: str) -> None:
+    """The left operand in registers, the depth down the rows of the right one's panels."""
+    skip_unless_hopper(probe)
+    a = torch.randint(-8, 9, (64, 32)).to(DTYPES[dtype])
+    b = torch.randint(-8, 9, (32, columns)).to(DTYPES[dtype])
+    name = f"wgmma_rs_{columns}_{row_bytes}_{dtype}"
+    panel = 32 * row_bytes if row_bytes == 128 else 16
+    expect(probe, name, a, b, a.float() @ b.float(), SWIZZLE[row_bytes], 8 * row_bytes, panel)
+
+
+def expect(
+    probe: Probe,
+    name: str,
+    a: Tensor,
+    b: Tensor,
+    exact: Tensor,
+    swizzle: int,
+    stride: int,
+    leading: int,
+) -> None:
+    """On failure says which descriptor would have been right, if one is."""
+    columns = exact.shape[1]
+    if torch.equal(multiply(probe, name, a, b, columns, swizzle, stride, leading), exact):
+        return
+    right = [
+        f"swizzle {mode}, stride {s}, leading {lead}"
+        for mode in range(4)
+        for s in sorted({16, 128, 256, 512, 1024, 2048, stride, leading})
+        for lead in sorted({16, 128, 256, 512, 1024, 2048, stride, leading})
+        if torch.equal(multiply(probe, name, a, b, columns, mode, s, lead), exact)
+    ]
+    pytest.fail(f"{name}: wrong; right with: {'; '.join(right) or 'no descriptor tried'}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("row_bytes", SWIZZLE)
+def test_bulk_copy(probe: Probe, row_bytes: int, dtype: str) -> None:
+    """Boxes inside, over each edge, and beyond: zeros where the tensor is not."""
+    skip_unless_hopper(probe)
+    images, rows, columns, across = 2, 20, 72, row_bytes // 2
+    source = torch.randn(images, rows, columns).to(DTYPES[dtype])
+    padded = torch.nn.functional.pad(source, (0, 200, 0, 40))
+    for column, row, image in ((0, 0, 0), (8, 8, 1), (64, 16, 1), (128, 0, 0), (0, 24, 1)):
+        to = torch.full((8, across), float("nan"), dtype=source.dtype, device=probe.device)
+        numbers = (images, rows, columns, row_bytes, column, row, image)
+        described = torch.tensor(numbers, dtype=torch.int32)
+        from_ = source.to(probe.device)
+        if probe.device == "cpu":
+            probe._library.emulation_reset(0, 48 * 1024)
+        pointers = [ctypes.c_void_p(t.data_ptr()) for t in (from_, to, described)]
+        assert getattr(probe._library, f"probe_bulk_copy_{dtype}")(*pointers) == 0
+        assert torch.equal(to.cpu(), padded[image, row : row + 8, column : column + across])

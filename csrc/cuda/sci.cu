@@ -198,6 +198,7 @@ cudaError_t backward(const Context& context, const Shape& shape, bool tied,
                      const TermsParameters<typename Products::Element>& terms,
                      const BackwardParameters<typename Products::Element>& p) {
   if constexpr (sizeof(typename Products::Element) == 2) {
+    if (is_wgmma(context, shape, tied)) return wgmma_backward(context, shape, tied, terms, p);
     if (is_resident(context, shape, tied)) {
       CIN_FAST_RETURN_IF_ERROR(resident_terms(context, shape, tied, terms));
       return resident_backward(context, shape, tied, p);

@@ -127,11 +127,15 @@ template <class T>
 cudaError_t resident_backward(const Context& context, const Shape& shape, bool tied,
                               const BackwardParameters<T>& parameters);
 
-// The forward pass of the same on sm_90a, where it was compiled for that.
+// The same on sm_90a, where it was compiled for that.
 bool is_wgmma(const Context& context, const Shape& shape, bool tied);
 template <class T>
 cudaError_t wgmma_forward(const Context& context, const Shape& shape, bool tied,
                           const ForwardParameters<T>& parameters);
+template <class T>
+cudaError_t wgmma_backward(const Context& context, const Shape& shape, bool tied,
+                           const TermsParameters<T>& terms,
+                           const BackwardParameters<T>& parameters);
 
 }  // namespace sci
 }  // namespace cin_fast

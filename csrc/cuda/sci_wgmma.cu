@@ -9,7 +9,7 @@ namespace sci {
 namespace {
 
 struct Maps {
-  TileMaps x, v;
+  TileMaps x, v, dy;
 };
 
 // The image and the first row of a block.
@@ -70,8 +70,7 @@ __global__ void __launch_bounds__(kPipelineThreads, 1)
     uint32_t weights[kWidth / 16][4];
     ring.wait(tile);
     ptx::wgmma_fence();
-#pragma unroll
-    for (int step = 0; step < kColumns / 16; ++step) step_nt(s, rows, own_row, x[tile], 0, step);
+    start_nt(s, rows, own_row, x[tile]);
     ptx::wgmma_commit();
     ptx::wgmma_wait<0>();
     softmax.update(s, acc, channels - tile * kWidth);
@@ -91,6 +90,169 @@ __global__ void __launch_bounds__(kPipelineThreads, 1)
   store_tile<Products>(p.y + first * p.columns, acc, Products::divisor(softmax.sum[0]),
                        Products::divisor(softmax.sum[1]), row, channels, 0, p.columns);
   softmax.store(p.row_max + first, p.row_sum + first, row, channels);
+#endif
+}
+
+template <class T, int kColumns, bool kTied>
+struct TermsTiles {
+  static constexpr int kWidth = 128, kStages = kTied ? 2 : 3, kValues = kTied ? kColumns : kThin;
+  using Rows = Tile<T, kConsumerRows, kColumns>;
+  using DyRows = Tile<T, kConsumerRows, kValues>;
+  using X = Tile<T, kWidth, kColumns>;
+  using V = Tile<T, kWidth, kValues>;
+  static constexpr int kStageBytes = X::kBytes + (kTied ? 0 : V::kBytes);
+  static constexpr size_t kSharedBytes =
+      shared_bytes({Rows::kBytes, DyRows::kBytes, kStages * size_t{kStageBytes},
+                    Ring<kStages>::kBarriers * sizeof(uint64_t)});
+};
+
+template <class T, int kColumns, bool kTied>
+__global__ void __launch_bounds__(kPipelineThreads, 1)
+    sci_wgmma_terms_kernel(const __grid_constant__ Maps maps, TermsParameters<T> p,
+                           int row_blocks) {
+#ifdef CIN_FAST_WGMMA
+  using Tiles = TermsTiles<T, kColumns, kTied>;
+  constexpr int kWidth = Tiles::kWidth, kStages = Tiles::kStages;
+  const Place block(row_blocks);
+  const int channels = p.x.rows, tiles = divide_up(channels, kWidth);
+  SharedMemory shared;
+  const auto rows = take_tile<typename Tiles::Rows>(shared);
+  const auto dy_rows = take_tile<typename Tiles::DyRows>(shared);
+  const Stages<typename Tiles::X, kStages> x(shared);
+  const Stages<typename Tiles::V, kTied ? 0 : kStages> v(shared);
+  const Ring<kStages> ring(shared);
+
+  if (is_producer()) {
+    ptx::setmaxnreg_dec<kProducerRegisters>();
+    if (threadIdx.x > 0) return;
+    ptx::mbarrier_arrive_expect(ring.rows_full, rows.kBytes + dy_rows.kBytes);
+    rows.load(maps.x, ring.rows_full, block.row, block.image);
+    dy_rows.load(maps.dy, ring.rows_full, block.row, block.image);
+    for (int tile = 0; tile < tiles; ++tile) {
+      ring.refill(tile, Tiles::kStageBytes);
+      x[tile].load(maps.x, ring.full(tile), tile * kWidth, block.image);
+      if constexpr (!kTied) v[tile].load(maps.v, ring.full(tile), tile * kWidth, block.image);
+    }
+    return;
+  }
+
+  ptx::setmaxnreg_inc<kConsumerRegisters>();
+  const int own_row = consumer_row(), row = block.row + own_row;
+  RowSums<HalfProducts<T>> sums(p, block.image, row, channels);
+  ptx::mbarrier_wait(ring.rows_full, 0);
+  for (int tile = 0; tile < tiles; ++tile) {
+    float s[kWidth / 8][4], dp[kWidth / 8][4];
+    ring.wait(tile);
+    ptx::wgmma_fence();
+    start_nt(s, rows, own_row, x[tile]);
+    if constexpr (kTied)
+      start_nt(dp, dy_rows, own_row, x[tile]);
+    else
+      start_nt(dp, dy_rows, own_row, v[tile]);
+    ptx::wgmma_commit();
+    ptx::wgmma_wait<0>();
+    ring.release(tile);
+    sums.add(s, dp, channels - tile * kWidth);
+  }
+  sums.store(p, block.image, row, channels);
+#endif
+}
+
+template <class T, int kColumns, bool kTied>
+struct BackwardTiles {
+  static constexpr int kWidth = 64, kStages = 2, kValues = kTied ? kColumns : kThin;
+  using Rows = Tile<T, kConsumerRows, kColumns>;
+  using ValueRows = Tile<T, kConsumerRows, kValues>;
+  using X = Tile<T, kWidth, kColumns>;
+  using Values = Tile<T, kWidth, kValues>;
+  static constexpr int kRowBytes = Rows::kBytes + (kTied ? 1 : 2) * ValueRows::kBytes;
+  static constexpr int kStageBytes = X::kBytes + (kTied ? 1 : 2) * Values::kBytes;
+  static constexpr size_t kSharedBytes = shared_bytes(
+      {kRowBytes, kStages * size_t{kStageBytes}, Ring<kStages>::kBarriers * sizeof(uint64_t)});
+};
+
+template <class T, int kColumns, bool kTied>
+__global__ void __launch_bounds__(kPipelineThreads, 1)
+    sci_wgmma_backward_kernel(const __grid_constant__ Maps maps, BackwardParameters<T> p,
+                              int row_blocks) {
+#ifdef CIN_FAST_WGMMA
+  using Products = HalfProducts<T>;
+  using Tiles = BackwardTiles<T, kColumns, kTied>;
+  constexpr int kWidth = Tiles::kWidth, kHalf = kWidth / 2;
+  constexpr int kStages = Tiles::kStages, kThinStages = kTied ? 0 : kStages;
+  const Place block(row_blocks);
+  const int channels = p.x.rows, tiles = divide_up(channels, kWidth);
+  SharedMemory shared;
+  const auto rows = take_tile<typename Tiles::Rows>(shared);
+  const auto dy_rows = take_tile<typename Tiles::ValueRows>(shared);
+  const Stages<typename Tiles::ValueRows, kTied ? 0 : 1> v_rows(shared);
+  const Stages<typename Tiles::X, kStages> x(shared);
+  const Stages<typename Tiles::Values, kStages> dy(shared);
+  const Stages<typename Tiles::Values, kThinStages> v(shared);
+  const Ring<kStages> ring(shared);
+
+  if (is_producer()) {
+    ptx::setmaxnreg_dec<kProducerRegisters>();
+    if (threadIdx.x > 0) return;
+    ptx::mbarrier_arrive_expect(ring.rows_full, Tiles::kRowBytes);
+    rows.load(maps.x, ring.rows_full, block.row, block.image);
+    dy_rows.load(maps.dy, ring.rows_full, block.row, block.image);
+    if constexpr (!kTied) v_rows[0].load(maps.v, ring.rows_full, block.row, block.image);
+    for (int tile = 0; tile < tiles; ++tile) {
+      ring.refill(tile, Tiles::kStageBytes);
+      x[tile].load(maps.x, ring.full(tile), tile * kWidth, block.image);
+      dy[tile].load(maps.dy, ring.full(tile), tile * kWidth, block.image);
+      if constexpr (!kTied) v[tile].load(maps.v, ring.full(tile), tile * kWidth, block.image);
+    }
+    return;
+  }
+
+  ptx::setmaxnreg_inc<kConsumerRegisters>();
+  const int own_row = consumer_row(), row = block.row + own_row;
+  const int64_t first = static_cast<int64_t>(block.image) * channels;
+  const RowTerms* terms = p.terms + static_cast<int64_t>(block.image) * padded_rows(channels);
+  const RowTerms of_rows[2] = {terms[row + lane_row()], terms[row + lane_row() + 8]};
+  float acc[kColumns / 8][4] = {}, thin[kThin / 8][4] = {};
+  ptx::mbarrier_wait(ring.rows_full, 0);
+  for (int tile = 0; tile < tiles; ++tile) {
+    ring.wait(tile);
+    // By halves: three products of a whole tile, and what they are made of, would not fit into the
+    // registers.
+#pragma unroll 1
+    for (int column = 0; column < kWidth; column += kHalf) {
+      float s[kHalf / 8][4], dp[kHalf / 8][4], dp_mirrored[kHalf / 8][4];
+      uint32_t ds[kHalf / 16][4], weights[kHalf / 16][4];
+      ptx::wgmma_fence();
+      start_nt(s, rows, own_row, x[tile], column);
+      if constexpr (kTied) {
+        start_nt(dp, dy_rows, own_row, x[tile], column);
+        start_nt(dp_mirrored, rows, own_row, dy[tile], column);
+      } else {
+        start_nt(dp, dy_rows, own_row, v[tile], column);
+        start_nt(dp_mirrored, v_rows[0], own_row, dy[tile], column);
+      }
+      ptx::wgmma_commit();
+      ptx::wgmma_wait<0>();
+      // Holds the terms' loads back: moved up before the wait, they would take registers and spill.
+      __syncwarp();
+      softmax_gradient<Products>(s, dp, dp_mirrored, of_rows, terms + tile * kWidth + column,
+                                 p.scale, p.factor);
+      pack<T>(ds, dp);
+      pack<T>(weights, s);
+      ptx::wgmma_fence();
+      start_nn(acc, ds, x[tile], column);
+      if constexpr (kTied)
+        start_nn(acc, weights, dy[tile], column);
+      else
+        start_nn(thin, weights, dy[tile], column);
+      ptx::wgmma_commit();
+      ptx::wgmma_wait<0>();
+    }
+    ring.release(tile);
+  }
+  store_tile<Products>(p.dx + first * p.positions, acc, 1.f, 1.f, row, channels, 0, p.positions);
+  if constexpr (!kTied)
+    store_tile<Products>(p.dv + first * p.columns, thin, 1.f, 1.f, row, channels, 0, p.columns);
 #endif
 }
 
@@ -137,10 +299,31 @@ cudaError_t wgmma_forward(const Context& context, const Shape& shape, bool tied,
   });
 }
 
-template cudaError_t wgmma_forward(const Context&, const Shape&, bool,
-                                   const ForwardParameters<__nv_bfloat16>&);
-template cudaError_t wgmma_forward(const Context&, const Shape&, bool,
-                                   const ForwardParameters<__half>&);
+template <class T>
+cudaError_t wgmma_backward(const Context& context, const Shape& shape, bool tied,
+                           const TermsParameters<T>& terms, const BackwardParameters<T>& p) {
+  Maps maps{};
+  CIN_FAST_RETURN_IF_ERROR(encode_tile_maps(&maps.x, p.x, shape.batch));
+  CIN_FAST_RETURN_IF_ERROR(encode_tile_maps(&maps.v, p.v, shape.batch));
+  CIN_FAST_RETURN_IF_ERROR(encode_tile_maps(&maps.dy, p.dy, shape.batch));
+  return with_columns(shape, tied, [&]<int kColumns, bool kTied>() {
+    CIN_FAST_RETURN_IF_ERROR(launch_row_blocks(
+        context, shape, "sci_wgmma_terms", sci_wgmma_terms_kernel<T, kColumns, kTied>,
+        TermsTiles<T, kColumns, kTied>::kSharedBytes, maps, terms));
+    return launch_row_blocks(context, shape, "sci_wgmma_backward",
+                             sci_wgmma_backward_kernel<T, kColumns, kTied>,
+                             BackwardTiles<T, kColumns, kTied>::kSharedBytes, maps, p);
+  });
+}
+
+#define CIN_FAST_WGMMA_SCI(T)                                             \
+  template cudaError_t wgmma_forward(const Context&, const Shape&, bool,  \
+                                     const ForwardParameters<T>&);        \
+  template cudaError_t wgmma_backward(const Context&, const Shape&, bool, \
+                                      const TermsParameters<T>&, const BackwardParameters<T>&);
+CIN_FAST_WGMMA_SCI(__nv_bfloat16)
+CIN_FAST_WGMMA_SCI(__half)
+#undef CIN_FAST_WGMMA_SCI
 
 }  // namespace sci
 }  // namespace cin_fast

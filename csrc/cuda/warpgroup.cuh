@@ -90,40 +90,43 @@ struct Tile {
                    ptx::Swizzle::k128Bytes, 8 * kPanelRow, 16);
   }
 
-  // Rows 16 step to 16 step + 15 as depth: of the panels' columns, and of the rest's.
-  __device__ uint64_t down_panels(int step) const {
-    return operand(ptx::shared_address(data), step * 16 * kPanelRow, ptx::Swizzle::k128Bytes,
+  // Rows `row` to `row` + 15 as depth: of the panels' columns, and of the rest's.
+  __device__ uint64_t down_panels(int row) const {
+    return operand(ptx::shared_address(data), row * kPanelRow, ptx::Swizzle::k128Bytes,
                    8 * kPanelRow, kPanelBytes);
   }
-  __device__ uint64_t down_rest(int step) const {
-    return operand(ptx::shared_address(data), kPanels * kPanelBytes + step * 16 * kRestRow,
+  __device__ uint64_t down_rest(int row) const {
+    return operand(ptx::shared_address(data), kPanels * kPanelBytes + row * kRestRow,
                    ptx::Swizzle::k32Bytes, 8 * kRestRow, 16);
   }
 };
 
-// One step of s (64 x 8 N) = 64 of `rows`, from `row` on, times 8 N of `columns`, from `column` on,
-// transposed: the first starts the sum. The last ends when wgmma_wait says so.
+// s (64 x 8 N) = 64 of `rows`, from `row` on, times 8 N of `columns`, from `column` on, transposed.
+// Ends when wgmma_wait says so.
 template <class T, int N, int kRows, int kWidth, int kColumns>
-__device__ __forceinline__ void step_nt(float (&s)[N][4], const Tile<T, kRows, kColumns>& rows,
-                                        int row, const Tile<T, kWidth, kColumns>& columns,
-                                        int column, int step) {
-  if (step < kColumns / 16)
+__device__ __forceinline__ void start_nt(float (&s)[N][4], const Tile<T, kRows, kColumns>& rows,
+                                         int row, const Tile<T, kWidth, kColumns>& columns,
+                                         int column = 0) {
+#pragma unroll
+  for (int step = 0; step < kColumns / 16; ++step)
     ptx::wgmma_ss<T, 8 * N>(s, rows.along_rows(row, step), columns.along_rows(column, step),
                             step > 0);
 }
 
-// acc (64 x kColumns) += p (64 x kWidth, packed) values. Ends when wgmma_wait says so.
-template <class T, int kWidth, int kColumns>
-__device__ __forceinline__ void start_nn(float (&acc)[kColumns / 8][4],
-                                         const uint32_t (&p)[kWidth / 16][4],
-                                         const Tile<T, kWidth, kColumns>& values) {
+// acc (64 x kColumns) += p (64 x 16 N, packed) times 16 N rows of `values`, from `row` on. Ends
+// when wgmma_wait says so.
+template <class T, int N, int kWidth, int kColumns>
+__device__ __forceinline__ void start_nn(float (&acc)[kColumns / 8][4], const uint32_t (&p)[N][4],
+                                         const Tile<T, kWidth, kColumns>& values, int row = 0) {
   using Values = Tile<T, kWidth, kColumns>;
 #pragma unroll
-  for (int step = 0; step < kWidth / 16; ++step) {
+  for (int step = 0; step < N; ++step) {
     if constexpr (Values::kPanels > 0)
-      ptx::wgmma_rs<T, Values::kPanels * kPanelColumns>(acc, p[step], values.down_panels(step));
+      ptx::wgmma_rs<T, Values::kPanels * kPanelColumns>(acc, p[step],
+                                                        values.down_panels(row + step * 16));
     if constexpr (Values::kHasRest)
-      ptx::wgmma_rs<T, kRestColumns>(acc + Values::kPanels * 8, p[step], values.down_rest(step));
+      ptx::wgmma_rs<T, kRestColumns>(acc + Values::kPanels * 8, p[step],
+                                     values.down_rest(row + step * 16));
   }
 }
 
