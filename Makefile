@@ -1,4 +1,5 @@
-# `make install` sets everything up; every other target calls it first. Repeated calls are quick.
+# `make install` sets everything up; every other target but `gpu` calls it first, and repeated calls
+# are quick.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -53,8 +54,8 @@ sanitize: install ## Run the C++ kernels under the address and undefined-behavio
 triton-report: install ## Compile the Triton kernels for sm_80 and sm_90: registers, spills, shared memory.
 	$(BIN)/python -m cin_fast.kernels.report
 
-gpu: install ## On a machine with a GPU: kernel tests and benchmarks.
-	$(BIN)/python bench/gpu.py
+gpu: ## On a machine with a GPU: kernel tests and benchmarks, with no more than its own torch.
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) bench/gpu.py
 
 lock: install ## Pin the newest versions of everything again, in requirements.lock.
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash scripts/lock.sh

@@ -1,9 +1,9 @@
 """Makes Triton's interpreter right in bfloat16, and its products free of their summing order.
 
 There a bfloat16 is its bit pattern in a uint16: ``tl.dot`` multiplies the patterns, and a cast from
-float32 cuts digits off instead of rounding. Both are replaced before a kernel runs. Products are
-summed in float64 and rounded once: how a GPU orders its sums is nothing an interpreter can show,
-so what is left to be measured is the error of everything else.
+float32 cuts digits off instead of rounding; ``tl.fma`` rounds twice. All are replaced before a
+kernel runs. Products are summed in float64 and rounded once: how a GPU orders its sums is nothing
+an interpreter can show, so what is left to be measured is the error of everything else.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def repair() -> None:
     builder = interpreter.InterpreterBuilder
     if getattr(builder, "_bfloat16_is_right", False):
         return
-    cast, fp_to_fp = builder.cast_impl, builder.create_fp_to_fp
+    cast, fp_to_fp, fma = builder.cast_impl, builder.create_fp_to_fp, builder.create_fma
     handle = interpreter.TensorHandle
 
     def wide(value: Any) -> Any:
@@ -46,6 +46,12 @@ def repair() -> None:
     def create_dot(self: Any, a: Any, b: Any, total: Any, *_: Any) -> Any:
         product = wide(a).data.astype(np.float64) @ wide(b).data.astype(np.float64)
         return handle((product + total.data).astype(total.data.dtype), total.dtype.scalar)
+
+    def create_fma(self: Any, a: Any, b: Any, c: Any) -> Any:
+        if a.dtype.scalar != tl.float32:
+            return fma(self, a, b, c)
+        exact = a.data.astype(np.float64) * b.data.astype(np.float64) + c.data
+        return handle(exact.astype(np.float32), tl.float32)
 
     def cast_impl(self: Any, source: Any, target: Any) -> Any:
         before, after = source.dtype.scalar, target.scalar
@@ -62,5 +68,5 @@ def repair() -> None:
         return fp_to_fp(self, source, target, rounding)
 
     builder.create_dot, builder.cast_impl = create_dot, cast_impl
-    builder.create_fp_to_fp = create_fp_to_fp
+    builder.create_fp_to_fp, builder.create_fma = create_fp_to_fp, create_fma
     builder._bfloat16_is_right = True

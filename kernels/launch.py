@@ -26,7 +26,7 @@ KERNELS: dict[str, Any] = {
 
 
 def sci(x: Tensor, v: Tensor | None, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    """y, and each row's maximum and sum."""
+    """y, and each row's peak and the sum beside it."""
     y = _dense_like(x if v is None else v)
     row_max, row_sum = _rows(x), _rows(x)
     _run("sci", x, v, y=y, row_max=row_max, row_sum=row_sum, scale=scale)
@@ -54,14 +54,14 @@ def sci_backward(
 def cci(
     x: Tensor, partner: Tensor, eta: Tensor, v: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y, its partner term b, and each row's maximum and sum."""
-    y, b = _dense_like(x if v is None else v), _dense_like(x if v is None else v)
+    """y, zeros for the partner term that this backward pass does without, and rows' numbers."""
+    y = _dense_like(x if v is None else v)
     row_max, row_sum = _rows(x), _rows(x)
     _run(
-        "cci", x, v, partner=partner.contiguous(), eta=eta.contiguous(), y=y, b=b,
+        "cci", x, v, partner=partner.contiguous(), eta=eta.contiguous(), y=y,
         row_max=row_max, row_sum=row_sum, scale=scale,
     )  # fmt: skip
-    return y, b, row_max, row_sum
+    return y, torch.zeros_like(y), row_max, row_sum
 
 
 def cci_backward(
@@ -103,15 +103,10 @@ def _run(operator: Operator, x: Tensor, v: Tensor | None, **others: Any) -> None
     arguments = {"x": x, "v": x if v is None else _pitched(v), **others}
     # Under the interpreter the tensors are on the CPU, and no device has to be chosen.
     with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
-        for launch in plan(operator, maps, precision(x.dtype)):
+        for launch in plan(operator, maps, precision(x.dtype), others["scale"] < 0):
             kernel = KERNELS[launch.kernel]
             wanted = {name: arguments[name] for name in kernel.arg_names if name in arguments}
-            kernel[launch.grid](
-                **wanted,
-                **launch.constants,
-                num_warps=launch.config.warps,
-                num_stages=launch.config.stages,
-            )
+            kernel[launch.grid](**wanted, **launch.constants, **launch.config.options)
 
 
 def _pitched(t: Tensor) -> Tensor:

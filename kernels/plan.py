@@ -23,12 +23,21 @@ class Launch:
 
 
 @functools.lru_cache(maxsize=1024)
-def plan(operator: Operator, maps: Maps, precision: Precision = "ieee") -> tuple[Launch, ...]:
-    """The launches of an operator, first to last."""
+def plan(
+    operator: Operator, maps: Maps, precision: Precision = "ieee", negative: bool = True
+) -> tuple[Launch, ...]:
+    """The launches of an operator, first to last.
+
+    Args:
+        negative: whether the scale is below 0.
+    """
     if operator == "sci":
-        return (_forward("sci_forward", maps, precision),)
+        return (_forward("sci_forward", maps, precision, NEGATIVE=negative),)
     if operator == "cci":
-        return (_rows("row_numbers", maps, precision), _forward("cci_forward", maps, precision))
+        return (
+            _rows("row_numbers", maps, precision, NEGATIVE=negative),
+            _forward("cci_forward", maps, precision),
+        )
     stem = operator.removesuffix("_backward")
     return (
         _rows(f"{stem}_delta", maps, precision),
@@ -36,16 +45,15 @@ def plan(operator: Operator, maps: Maps, precision: Precision = "ieee") -> tuple
     )
 
 
-def _forward(kernel: str, maps: Maps, precision: Precision) -> Launch:
+def _forward(kernel: str, maps: Maps, precision: Precision, **more: Any) -> Launch:
     config = choose(kernel, maps)
     v = columns_of(maps.columns, maps.itemsize, config)
     out = out_of(v, config, at_hand=maps.v_is_x)
-    return _launch(kernel, maps, config, precision, out.spans, V=v, OUT=out)
+    return _launch(kernel, maps, config, precision, out.spans, V=v, OUT=out, **more)
 
 
-def _rows(kernel: str, maps: Maps, precision: Precision) -> Launch:
+def _rows(kernel: str, maps: Maps, precision: Precision, **more: Any) -> Launch:
     config = choose(kernel, maps)
-    more: dict[str, Any] = {}
     if kernel != "row_numbers":
         more["V"] = columns_of(maps.columns, maps.itemsize, config)
         more["V_IS_X"] = maps.v_is_x

@@ -1,8 +1,8 @@
 """``sci``: softmax(scale x x^T) v, forward and backward, without a C x C matrix in memory.
 
 A program owns BM rows i of one image and a span of output columns, and meets all rows j in blocks
-of BN. The forward pass keeps a running maximum and sum (Milakov and Gimelshein 2018) and saves
-both: their log-sum-exp would lose digits. The backward pass gathers a row block's whole gradient in
+of BN. The forward pass keeps a running peak and sum (Milakov and Gimelshein 2018) and saves both:
+their log-sum-exp would lose digits. The backward pass gathers a row block's whole gradient in
 one sweep: a tile of x x^T gives P_ij and P_ji, so dS_ij and dS_ji, and nothing is scattered.
 """
 
@@ -10,18 +10,23 @@ import triton
 import triton.language as tl
 
 from cin_fast.kernels.tiles import (
+    FAR,
     add_product,
     column_weights,
-    existing,
+    exp,
+    exponent_of,
+    higher,
+    load_delta,
     load_panel,
     load_row,
+    peak_of,
+    powers,
     product,
     row_weights,
     scaled,
     span_of,
     store_panel,
     through_softmax,
-    two_floats,
     zero_panel,
 )
 
@@ -30,7 +35,7 @@ from cin_fast.kernels.tiles import (
 def sci_forward(
     x, v, y, row_max, row_sum, scale,
     C: tl.constexpr, X: tl.constexpr, V: tl.constexpr, OUT: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, NEGATIVE: tl.constexpr,
 ):  # fmt: skip
     """y_i = P_i v for a span of y's columns; the first span's program saves the rows' numbers."""
     image = tl.program_id(1).to(tl.int64)
@@ -39,49 +44,51 @@ def sci_forward(
     v += image * C * V.pitch
     i = tl.program_id(0) * BM + tl.arange(0, BM)
     x_i = load_panel(x, i, 0, C, X, X.held)
-    largest = tl.full((BM,), -float("inf"), tl.float32)
+    exponent = exponent_of(scale, x)
+    peak = tl.full((BM,), FAR if NEGATIVE else -FAR, tl.float32)
     total = tl.zeros((BM,), tl.float32)
     y_i = zero_panel(BM, OUT.pieces)
     for start in range(0, C, BN):
         j = start + tl.arange(0, BN)
         x_j = load_panel(x, j, 0, C, X, X.held)
-        logits = scale * product(x_i, x, i, x_j, x, j, C, X, PRECISION)
-        logits = existing(logits, j, C, -float("inf"))
-        new = tl.maximum(largest, tl.max(logits, 1))
-        kept = tl.exp(largest - new)
-        p = tl.exp(logits - new[:, None])
+        products = product(x_i, x, i, x_j, x, j, C, X, PRECISION)
+        new = higher(peak, peak_of(products, j, C, NEGATIVE), NEGATIVE)
+        kept = exp(peak - new, exponent)
+        p = powers(products, exponent, new, j, C)
         total = total * kept + tl.sum(p, 1)
         v_j = span_of(x_j, v, j, first, C, V, OUT)
         y_i = add_product(scaled(y_i, kept), p, v_j, PRECISION)
-        largest = new
+        peak = new
     y += image * C * V.count
     store_panel(y, scaled(y_i, 1 / total), i, first, C, V.count, OUT.pieces)
     if tl.program_id(2) == 0:
-        tl.store(row_max + image * C + i, largest, mask=i < C)
+        tl.store(row_max + image * C + i, peak, mask=i < C)
         tl.store(row_sum + image * C + i, total, mask=i < C)
 
 
 @triton.jit
 def row_numbers(
     x, row_max, row_sum, scale,
-    C: tl.constexpr, X: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
+    C: tl.constexpr, X: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, NEGATIVE: tl.constexpr,
 ):  # fmt: skip
-    """The maximum and the sum of the exponentials of each row of scale x x^T."""
+    """Each row's peak, the product x_i . x_j with its largest weight, and the sum beside it."""
     image = tl.program_id(1).to(tl.int64)
     x += image * C * X.pitch
     i = tl.program_id(0) * BM + tl.arange(0, BM)
     x_i = load_panel(x, i, 0, C, X, X.held)
-    largest = tl.full((BM,), -float("inf"), tl.float32)
+    exponent = exponent_of(scale, x)
+    peak = tl.full((BM,), FAR if NEGATIVE else -FAR, tl.float32)
     total = tl.zeros((BM,), tl.float32)
     for start in range(0, C, BN):
         j = start + tl.arange(0, BN)
         x_j = load_panel(x, j, 0, C, X, X.held)
-        logits = scale * product(x_i, x, i, x_j, x, j, C, X, PRECISION)
-        logits = existing(logits, j, C, -float("inf"))
-        new = tl.maximum(largest, tl.max(logits, 1))
-        total = total * tl.exp(largest - new) + tl.sum(tl.exp(logits - new[:, None]), 1)
-        largest = new
-    tl.store(row_max + image * C + i, largest, mask=i < C)
+        products = product(x_i, x, i, x_j, x, j, C, X, PRECISION)
+        new = higher(peak, peak_of(products, j, C, NEGATIVE), NEGATIVE)
+        kept = exp(peak - new, exponent)
+        total = total * kept + tl.sum(powers(products, exponent, new, j, C), 1)
+        peak = new
+    tl.store(row_max + image * C + i, peak, mask=i < C)
     tl.store(row_sum + image * C + i, total, mask=i < C)
 
 
@@ -103,7 +110,8 @@ def sci_delta(
     i = tl.program_id(0) * BM + tl.arange(0, BM)
     x_i = load_panel(x, i, 0, C, X, X.held)
     dy_i = load_panel(dy, i, 0, C, V, V.held)
-    max_i = load_row(row_max + image * C, i, C, 0.0)
+    exponent = exponent_of(scale, x)
+    peak_i = load_row(row_max + image * C, i, C, 0.0)
     WIDE: tl.constexpr = delta.dtype.element_ty
     total = tl.zeros((BM,), WIDE)
     weighted = tl.zeros((BM,), WIDE)
@@ -111,9 +119,9 @@ def sci_delta(
         j = start + tl.arange(0, BN)
         x_j = load_panel(x, j, 0, C, X, X.held)
         v_j = x_j if V_IS_X else load_panel(v, j, 0, C, V, V.held)
-        logits = scale * product(x_i, x, i, x_j, x, j, C, X, PRECISION)
+        products = product(x_i, x, i, x_j, x, j, C, X, PRECISION)
         dp = product(dy_i, dy, i, v_j, v, j, C, V, PRECISION)
-        e = existing(tl.exp(logits - max_i[:, None]), j, C, 0.0).to(WIDE)
+        e = powers(products, exponent, peak_i, j, C).to(WIDE)
         total += tl.sum(e, 1)
         weighted += tl.sum(e * dp.to(WIDE), 1)
     tl.store(delta + image * C + i, weighted / total, mask=i < C)
@@ -143,27 +151,27 @@ def sci_backward(
     x_i = load_panel(x, i, 0, C, X, X.held)
     v_i = x_i if V_IS_X else load_panel(v, i, 0, C, V, V.held)
     dy_i = load_panel(dy, i, 0, C, V, V.held)
-    max_i = load_row(row_max, i, C, 0.0)
+    exponent = exponent_of(scale, x)
+    peak_i = load_row(row_max, i, C, 0.0)
     factor_i = 1 / load_row(row_sum, i, C, 1.0)
-    delta_i, rest_i = two_floats(load_row(delta, i, C, 0.0))
+    delta_i = load_delta(delta, i, C)
     dx_i = zero_panel(BM, OUT_X.pieces)
     dv_i = zero_panel(BM, OUT_V.pieces)
     for start in range(0, C, BN):
         j = start + tl.arange(0, BN)
         x_j = load_panel(x, j, 0, C, X, X.held)
         dy_j = load_panel(dy, j, 0, C, V, V.held)
-        max_j = load_row(row_max, j, C, float("inf"))
-        factor_j = 1 / load_row(row_sum, j, C, 1.0)
-        logits = scale * product(x_i, x, i, x_j, x, j, C, X, PRECISION)
-        p_ji = column_weights(logits, max_j, factor_j)
+        peak_j = load_row(row_max, j, C, 0.0)
+        factor_j = 1 / load_row(row_sum, j, C, float("inf"))
+        products = product(x_i, x, i, x_j, x, j, C, X, PRECISION)
+        p_ji = column_weights(products, exponent, peak_j, factor_j)
         if len(OUT_X.pieces) > 0:
             v_j = x_j if V_IS_X else load_panel(v, j, 0, C, V, V.held)
-            p_ij = row_weights(logits, max_i, factor_i, j, C)
+            p_ij = row_weights(products, exponent, peak_i, factor_i, j, C)
             dp_ij = product(dy_i, dy, i, v_j, v, j, C, V, PRECISION)
             dp_ji = product(v_i, v, i, dy_j, dy, j, C, V, PRECISION)
-            delta_j, rest_j = two_floats(load_row(delta, j, C, 0.0))
-            ds = through_softmax(p_ij, dp_ij, delta_i[:, None], rest_i[:, None])
-            ds += through_softmax(p_ji, dp_ji, delta_j[None, :], rest_j[None, :])
+            ds = through_softmax(p_ij, dp_ij, delta_i, 1)
+            ds += through_softmax(p_ji, dp_ji, load_delta(delta, j, C), 0)
             columns = span_of(x_j, x, j, first_x, C, X, OUT_X)
             dx_i = add_product(dx_i, scale * ds, columns, PRECISION)
             if V_IS_X:

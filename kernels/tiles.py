@@ -9,6 +9,9 @@ asynchronously.
 import triton
 import triton.language as tl
 
+# A row's peak before any product is met; finite, so that a scale of 0 makes no NaN of it.
+FAR = tl.constexpr(3e38)
+
 
 @triton.jit
 def load_tile(base, rows, columns, C: tl.constexpr, X: tl.constexpr, FULL: tl.constexpr):
@@ -122,31 +125,93 @@ def existing(tile, j, C: tl.constexpr, other):
 
 
 @triton.jit
-def row_weights(logits, row_max, factor, j, C: tl.constexpr):
-    """P_ij of a tile of logits, from the numbers of rows i: exp(logits - maximum) * factor."""
-    return existing(tl.exp(logits - row_max[:, None]) * factor[:, None], j, C, 0.0)
+def peak_of(products, j, C: tl.constexpr, NEGATIVE: tl.constexpr):
+    """Each row's product with the largest weight: its least where the scale is negative."""
+    if NEGATIVE:
+        peak = tl.min(existing(products, j, C, float("inf")), 1)
+    else:
+        peak = tl.max(existing(products, j, C, -float("inf")), 1)
+    return peak
 
 
 @triton.jit
-def column_weights(logits, row_max, factor):
+def higher(one, other, NEGATIVE: tl.constexpr):
+    """The peak of two."""
+    if NEGATIVE:
+        peak = tl.minimum(one, other)
+    else:
+        peak = tl.maximum(one, other)
+    return peak
+
+
+@triton.jit
+def exponent_of(scale, x):
+    """scale log2(e), by which exp becomes a power of two: in float32, as two numbers."""
+    wide = tl.cast(scale, tl.float64) * 1.4426950408889634
+    high = wide.to(tl.float32)
+    exponent = (high,)
+    if x.dtype.element_ty == tl.float32:
+        exponent = (high, (wide - high.to(tl.float64)).to(tl.float32))
+    return exponent
+
+
+@triton.jit
+def exp(distance, exponent):
+    """exp(scale distance).
+
+    One rounded product is enough beside 16-bit numbers. In float32 what it and the first part of
+    the exponent leave out is made up for: exp(a + b) = exp(a) (1 + b) for a small b.
+    """
+    power = distance * exponent[0]
+    result = tl.exp2(power)
+    if len(exponent) > 1:
+        rest = tl.fma(distance, exponent[0], -power) + distance * exponent[1]
+        result += result * tl.where(result > 0, 0.6931471805599453 * rest, 0.0)
+    return result
+
+
+@triton.jit
+def powers(products, exponent, peak, j, C: tl.constexpr):
+    """exp(scale (product - peak)) of a tile of x x^T, from the peaks of rows i.
+
+    The distance from the peak is exact where it counts, and is scaled only then: products of any
+    size neither overflow nor lose the difference.
+    """
+    return existing(exp(products - peak[:, None], exponent), j, C, 0.0)
+
+
+@triton.jit
+def row_weights(products, exponent, peak, factor, j, C: tl.constexpr):
+    """P_ij of a tile of x x^T, from the numbers of rows i."""
+    return powers(products, exponent, peak, j, C) * factor[:, None]
+
+
+@triton.jit
+def column_weights(products, exponent, peak, factor):
     """P_ji of the same tile, laid out as (i, j): x x^T is symmetric, so row j's numbers serve.
 
-    Beyond the last channel the maximum is infinite, and the weight 0.
+    Beyond the last channel the factor is 0, and so is the weight.
     """
-    return tl.exp(logits - row_max[None, :]) * factor[None, :]
+    return exp(products - peak[None, :], exponent) * factor[None, :]
 
 
 @triton.jit
-def two_floats(number):
-    """A float64 as a float32 and the rest; a float32 as itself and 0."""
+def load_delta(base, rows, C: tl.constexpr):
+    """delta of some rows as float32 numbers that sum up to it: one, or two for a float64."""
+    number = load_row(base, rows, C, 0.0)
     high = number.to(tl.float32)
-    return high, (number - high.to(number.dtype)).to(tl.float32)
+    parts = (high,)
+    if base.dtype.element_ty == tl.float64:
+        parts = (high, (number - high.to(tl.float64)).to(tl.float32))
+    return parts
 
 
 @triton.jit
-def through_softmax(p, dp, delta, delta_rest):
-    """dS = P (dP - delta): a small difference, so delta comes as two numbers."""
-    return p * ((dp - delta) - delta_rest)
+def through_softmax(p, dp, delta, axis: tl.constexpr):
+    """dS = P (dP - delta), delta of the tile's rows (``axis`` 1) or columns (0)."""
+    for n in tl.static_range(len(delta)):
+        dp = dp - tl.expand_dims(delta[n], axis)
+    return p * dp
 
 
 @triton.jit

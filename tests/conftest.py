@@ -13,7 +13,6 @@ import emulation
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -61,6 +60,9 @@ def cpu_extension() -> str:
 @pytest.fixture(scope="session")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder dataset: three colours, eight training and four test pictures each."""
+    # Here, so that the kernels' tests run where there is no Pillow.
+    from PIL import Image
+
     root = tmp_path_factory.mktemp("colours")
     for split, count in (("train", 8), ("test", 4)):
         for label, colour in enumerate(["red", "green", "blue"]):
