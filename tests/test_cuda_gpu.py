@@ -40,6 +40,23 @@ def test_rule(device: torch.device, kind: str, dtype: torch.dtype, columns: int 
         check_cci("cuda", x, *make_pairs(shape[0], device), v, dy)
 
 
+@pytest.mark.parametrize("columns", [None, 9])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rule_without_wgmma(
+    device: torch.device,
+    dtype: torch.dtype,
+    columns: int | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A Hopper GPU on the kernels of older ones: where only one path fails, it is that path."""
+    if torch.cuda.get_device_capability(device) != (9, 0):
+        pytest.skip("this GPU has one path")
+    monkeypatch.setenv("CIN_FAST_CUDA_PATH", "sm80")
+    x = make_input("diffuse", (2, 500, 196), dtype, device)
+    v = make_input("randn", (2, 500, columns), dtype, device, 1) if columns else None
+    check_sci("cuda", x, v, make_input("randn", (2, 500, columns or 196), dtype, device, 2))
+
+
 def test_same_bits_on_any_stream_and_in_a_graph(device: torch.device) -> None:
     x = make_input("relu", (4, 512, 196), torch.bfloat16, device)
     expected = ops.sci(x, backend="cuda")

@@ -64,26 +64,41 @@ __global__ void __launch_bounds__(kPipelineThreads, 1)
   const int own_row = consumer_row();
   RunningSoftmax<Products> softmax(p.factor);
   float acc[Tiles::kValues / 8][4] = {};
+  float s[kWidth / 8][4], shrink[2];
+  uint32_t weights[kWidth / 16][4];
   ptx::mbarrier_wait(ring.rows_full, 0);
-  for (int tile = 0; tile < tiles; ++tile) {
-    float s[kWidth / 8][4];
-    uint32_t weights[kWidth / 16][4];
+  ring.wait(0);
+  ptx::wgmma_fence();
+  start_nt(s, rows, own_row, x[0]);
+  ptx::wgmma_commit();
+  ptx::wgmma_wait<0>();
+  softmax.weigh(s, shrink, channels);
+  pack<T>(weights, s);
+  // While a tile's weights are computed, those of the tile before are multiplied.
+  for (int tile = 1; tile < tiles; ++tile) {
     ring.wait(tile);
     ptx::wgmma_fence();
     start_nt(s, rows, own_row, x[tile]);
     ptx::wgmma_commit();
-    ptx::wgmma_wait<0>();
-    softmax.update(s, acc, channels - tile * kWidth);
-    pack<T>(weights, s);
-    ptx::wgmma_fence();
     if constexpr (kTied)
-      start_nn(acc, weights, x[tile]);
+      start_nn(acc, weights, x[tile - 1]);
     else
-      start_nn(acc, weights, v[tile]);
+      start_nn(acc, weights, v[tile - 1]);
     ptx::wgmma_commit();
+    ptx::wgmma_wait<1>();
+    softmax.weigh(s, shrink, channels - tile * kWidth);
     ptx::wgmma_wait<0>();
-    ring.release(tile);
+    ring.release(tile - 1);
+    softmax.rescale(acc, shrink);
+    pack<T>(weights, s);
   }
+  ptx::wgmma_fence();
+  if constexpr (kTied)
+    start_nn(acc, weights, x[tiles - 1]);
+  else
+    start_nn(acc, weights, v[tiles - 1]);
+  ptx::wgmma_commit();
+  ptx::wgmma_wait<0>();
   softmax.finish();
   const int row = block.row + own_row;
   const int64_t first = static_cast<int64_t>(block.image) * channels;

@@ -30,10 +30,10 @@ struct RunningSoftmax {
   __device__ explicit RunningSoftmax(float factor)
       : sign(factor < 0.f ? -1.f : 1.f), steepness(fabsf(factor)) {}
 
-  // Turns elements of x x^T into weights, not yet divided by their sum, and brings what was
+  // Turns elements of x x^T into weights, not yet divided by their sum; `shrink` brings what was
   // accumulated before to the new peak. `columns` counts the tile's columns that exist.
-  template <int N, int M>
-  __device__ void update(float (&s)[N][4], float (&acc)[M][4], int columns) {
+  template <int N>
+  __device__ void weigh(float (&s)[N][4], float (&shrink)[2], int columns) {
     float higher[2] = {peak[0], peak[1]};
 #pragma unroll
     for (int n = 0; n < N; ++n) {
@@ -47,14 +47,9 @@ struct RunningSoftmax {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       higher[half] = quad_max(higher[half]);
-      const float shrink = Products::exponential((peak[half] - higher[half]) * steepness);
+      shrink[half] = Products::exponential((peak[half] - higher[half]) * steepness);
       peak[half] = higher[half];
-      sum[half] *= shrink;
-#pragma unroll
-      for (int m = 0; m < M; ++m) {
-        acc[m][2 * half] *= shrink;
-        acc[m][2 * half + 1] *= shrink;
-      }
+      sum[half] *= shrink[half];
     }
 #pragma unroll
     for (int n = 0; n < N; ++n) {
@@ -63,6 +58,22 @@ struct RunningSoftmax {
         s[n][e] = Products::exponential((s[n][e] - peak[e / 2]) * steepness);
         sum[e / 2] += s[n][e];
       }
+    }
+  }
+
+  template <int N, int M>
+  __device__ void update(float (&s)[N][4], float (&acc)[M][4], int columns) {
+    float shrink[2];
+    weigh(s, shrink, columns);
+    rescale(acc, shrink);
+  }
+
+  template <int M>
+  __device__ static void rescale(float (&acc)[M][4], const float (&shrink)[2]) {
+#pragma unroll
+    for (int m = 0; m < M; ++m) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) acc[m][e] *= shrink[e / 2];
     }
   }
 
