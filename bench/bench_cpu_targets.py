@@ -28,8 +28,7 @@ from cases import DEVICE, QUICK, Case
 from compare import Comparison, Entry, Work
 
 from cin_fast.cost import sci_flops
-from cin_fast.info import device_name, versions
-from cin_fast.records import git_commit
+from cin_fast.info import device_name, git_commit, versions
 
 OURS = "cpu"
 RESULTS = Path(__file__).parent / "results"

@@ -21,8 +21,7 @@ from compare import Comparison, Entry, Tape, Work
 from machine import results_folder
 
 from cin_fast.dispatch import BACKENDS, unavailable
-from cin_fast.info import device_name, versions
-from cin_fast.records import git_commit
+from cin_fast.info import device_name, git_commit, versions
 
 TAPE = Tape()
 # Main shapes first: where a machine is too slow for all, the scaling curves are what is missing.

@@ -82,16 +82,20 @@ def steps(chip: str, sanitizer: str | None, folder: Path) -> list[Step]:
             # Memory that torch keeps for itself hides what runs over an allocation.
             caching = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
             found.append(Step(tool, command, 0.5, environment=caching))
-    for name, selection, share in (
-        ("bench sci", "test_sci and resnet50-448 and bfloat16", 2.0),
-        ("bench head", "test_head and resnet50-448", 1.0),
-        ("bench cci", "test_cci and resnet50-448", 1.0),
+    for subject, selection, share in (
+        ("sci", "resnet50-448 and bfloat16", 2.0),
+        ("head", "resnet50-448", 1.0),
+        ("cci", "resnet50-448", 1.0),
     ):
-        path = str(folder / f"{name.replace(' ', '_')}.json")
+        path = str(folder / f"bench_{subject}.json")
         command = pytest_command(
-            "bench", "--benchmark-only", f"--benchmark-json={path}", "-k", selection
+            f"bench/bench_{subject}.py",
+            "--benchmark-only",
+            f"--benchmark-json={path}",
+            "-k",
+            selection,
         )
-        found.append(Step(name, command, share, json=path))
+        found.append(Step(f"bench {subject}", command, share, json=path))
     return found
 
 

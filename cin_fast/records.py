@@ -7,7 +7,6 @@ import json
 import platform
 import shlex
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 
 from cin_fast.checkpoint import write_text
 from cin_fast.config import SETTINGS, TrainConfig
-from cin_fast.info import device_name, versions
+from cin_fast.info import device_name, git_commit, versions
 
 METRICS = "metrics.json"
 METRICS_LINES = "metrics.jsonl"
@@ -121,16 +120,3 @@ def _epoch_of(line: str) -> float:
         return float(json.loads(line)["epoch"])
     except (json.JSONDecodeError, KeyError):
         return float("inf")
-
-
-def git_commit() -> str:
-    """The commit of the source that runs, ``-dirty`` if changed; "unknown" outside git."""
-    here = Path(__file__).resolve().parent
-    try:
-        found = subprocess.run(
-            ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12"],
-            capture_output=True, text=True, timeout=10, check=True,
-        )  # fmt: skip
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
-    return found.stdout.strip()
