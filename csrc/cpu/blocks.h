@@ -9,8 +9,13 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <memory>
 #include <thread>
 #include <vector>
+
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 
 namespace cin_fast {
 
@@ -37,11 +42,15 @@ inline Blocks make_blocks(int64_t images, int64_t channels, int64_t largest = kL
   return Blocks(channels, size);
 }
 
+constexpr size_t kHugePage = size_t{2} << 20;
+
 // Floats handed out in pieces, each starting on a cache line.
 class Scratch {
  public:
   explicit Scratch(int64_t floats)
-      : memory_(at::empty({floats}, at::kFloat)), next_(memory_.data_ptr<float>()) {}
+      : memory_(at::empty({floats}, at::kFloat)), next_(memory_.data_ptr<float>()) {
+    ask_for_huge_pages(next_, floats * sizeof(float));
+  }
   float* take(int64_t floats) {
     float* piece = next_;
     next_ += padded(floats);
@@ -50,6 +59,16 @@ class Scratch {
   static int64_t padded(int64_t floats) { return (floats + 15) / 16 * 16; }
 
  private:
+  // Packed operands are read at wide strides: few large pages are found sooner than many small
+  // ones, and are handed out by the system in one go. Only advice, so that a refusal is no error.
+  static void ask_for_huge_pages(void* start, size_t bytes) {
+#ifdef MADV_HUGEPAGE
+    void* inside = start;
+    if (std::align(kHugePage, kHugePage, inside, bytes))
+      madvise(inside, bytes / kHugePage * kHugePage, MADV_HUGEPAGE);
+#endif
+  }
+
   at::Tensor memory_;
   float* next_;
 };
