@@ -130,19 +130,51 @@ inline Vec ordered_dot(const float* left, int64_t pitch, int64_t depth, Columns 
   return total;
 }
 
+// Slot k of kWidth rows, for k = 0, 1, ... in turn; zeros past their `bytes`. By way of a small
+// square: rows at a power of two apart share a few places in the cache.
+class SlotColumns {
+ public:
+  // row(lane) points to that lane's row.
+  template <typename Row>
+  SlotColumns(int64_t bytes, Row row) : bytes_(bytes) {
+    for (int64_t lane = 0; lane < kWidth; lane++)
+      rows_[lane] = reinterpret_cast<const char*>(row(lane));
+  }
+
+  Vec next(int64_t k) {
+    if (k % kStep == 0) fill(k * sizeof(float));
+    float values[kWidth];
+    for (int64_t lane = 0; lane < kWidth; lane++) values[lane] = square_[lane][k % kStep];
+    return load(values);
+  }
+
+ private:
+  static constexpr int64_t kStep = 16, kStepBytes = kStep * sizeof(float);
+
+  void fill(int64_t first) {
+    const bool whole = first + kStepBytes <= bytes_;
+    for (int64_t lane = 0; lane < kWidth; lane++) {
+      if (whole) {
+        std::memcpy(square_[lane], rows_[lane] + first, kStepBytes);
+      } else {
+        std::memset(square_[lane], 0, kStepBytes);
+        std::memcpy(square_[lane], rows_[lane] + first, bytes_ - first);
+      }
+    }
+  }
+
+  const int64_t bytes_;
+  const char* rows_[kWidth];
+  float square_[kWidth][kStep];
+};
+
 // The same with those rows of a source that `which` names.
 inline Vec dot_with_rows(const float* left, int64_t pitch, int64_t depth, const void* source,
                          const float* which) {
-  const Element* rows[kWidth];
-  for (int64_t i = 0; i < kWidth; i++)
-    rows[i] = static_cast<const Element*>(source) + static_cast<int64_t>(which[i]) * depth;
-  return ordered_dot(left, pitch, depth, [&](int64_t k) {
-    float values[kWidth] = {};
-    const int64_t left_over = depth - k * kPack, elements = left_over < kPack ? left_over : kPack;
-    for (int64_t i = 0; i < kWidth; i++)
-      std::memcpy(values + i, rows[i] + k * kPack, elements * sizeof(Element));
-    return load(values);
+  SlotColumns rows(depth * sizeof(Element), [&](int64_t lane) {
+    return static_cast<const Element*>(source) + static_cast<int64_t>(which[lane]) * depth;
   });
+  return ordered_dot(left, pitch, depth, [&](int64_t k) { return rows.next(k); });
 }
 
 // The same sum with twice the digits: one rounding of it would reach every weight of its row.
@@ -182,28 +214,22 @@ inline void pivots(const float* dy_columns, const void* v, const float* argmax, 
   });
 }
 
-// Column k of kWidth rows.
-inline Vec column_of(const float* const* rows, int64_t k) {
-  float values[kWidth];
-  for (int64_t i = 0; i < kWidth; i++) values[i] = rows[i][k];
-  return load(values);
-}
-
 inline void deltas(const float* dy_columns, const float* v, const float* y, const float* b,
                    float eta, const float* argmax, const float* use, int64_t rows, int64_t depth,
                    float* delta) {
   for_each_row_vector(dy_columns, rows, depth, [&](const float* left, int64_t pitch, int64_t row) {
-    const float *largest[kWidth], *result[kWidth], *rest[kWidth];
-    for (int64_t i = 0; i < kWidth; i++) {
-      const int64_t r = row + i < rows ? row + i : 0;
-      largest[i] = v + static_cast<int64_t>(argmax[r]) * depth;
-      result[i] = y + r * depth;
-      rest[i] = b ? b + r * depth : result[i];
-    }
-    const Vec factor = load(use + row), part = splat(b ? eta : 0.0f);
+    const auto existing = [&](int64_t lane) { return row + lane < rows ? row + lane : 0; };
+    const int64_t bytes = depth * sizeof(float);
+    SlotColumns largest(bytes, [&](int64_t lane) {
+      return v + static_cast<int64_t>(argmax[existing(lane)]) * depth;
+    });
+    SlotColumns result(bytes, [&](int64_t lane) { return y + existing(lane) * depth; });
+    const Vec factor = load(use + row);
+    const auto remainder = [&](int64_t k) { return result.next(k) - factor * largest.next(k); };
+    if (!b) return store(delta + row, compensated_dot(left, pitch, depth, remainder));
+    SlotColumns partner(bytes, [&](int64_t lane) { return b + existing(lane) * depth; });
     store(delta + row, compensated_dot(left, pitch, depth, [&](int64_t k) {
-            return column_of(result, k) - factor * column_of(largest, k) +
-                   part * column_of(rest, k);
+            return remainder(k) + splat(eta) * partner.next(k);
           }));
   });
 }
