@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PYTEST_ARGS ?=
+TEST_PROCESSES ?= 2
 
 DEPENDENCIES := $(VENV)/.dependencies
 PACKAGE := $(VENV)/.package
@@ -23,7 +24,7 @@ demo: install ## Train CIN and its plain backbone on the built-in images (under 
 	$(BIN)/python -m cin_fast.demo
 
 test: install ## Run every test this machine can run, and say why the others cannot.
-	$(BIN)/python -m pytest -q $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -q -n $(TEST_PROCESSES) --dist loadfile $(PYTEST_ARGS)
 
 lint: install ## Check style, types and formatting.
 	$(BIN)/ruff check .

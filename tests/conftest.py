@@ -1,4 +1,4 @@
-"""What every test gets: fixed seeds, two threads, and fixtures that skip with a reason."""
+"""What every test gets: fixed seeds, few threads, and fixtures that skip with a reason."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    torch.set_num_threads(int(os.environ.get("CIN_FAST_TEST_THREADS", "2")))
+    # Processes that share the tests share the cores, too.
+    usual = "1" if "PYTEST_XDIST_WORKER" in os.environ else "2"
+    torch.set_num_threads(int(os.environ.get("CIN_FAST_TEST_THREADS", usual)))
 
 
 @pytest.fixture(autouse=True)
@@ -26,6 +28,15 @@ def _fixed_seeds() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """For what goes another way with one thread than with several."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

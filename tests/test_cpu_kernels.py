@@ -28,7 +28,7 @@ from cin_fast.testing import (
     make_pairs,
 )
 
-pytestmark = pytest.mark.usefixtures("cpu_extension")
+pytestmark = pytest.mark.usefixtures("cpu_extension", "two_threads")
 
 INF, NAN = float("inf"), float("nan")
 

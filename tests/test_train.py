@@ -93,7 +93,14 @@ def test_two_and_two_epochs_are_four_to_the_bit(images, four_epochs, tmp_path):
 def test_a_killed_run_goes_on_to_the_same_bits(images, four_epochs, tmp_path, stop, moment):
     command = [sys.executable, "-m", "cin_fast.train"]
     command += arguments(images, tmp_path, epochs=4, lr_step=2)
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        # The same bits need the same number of threads.
+        env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     lines = tmp_path / "metrics.jsonl"
     deadline = time.monotonic() + 120
     while not lines.exists() or len(lines.read_text().splitlines()) < moment:
