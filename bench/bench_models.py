@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from functools import cache, lru_cache, partial
 
@@ -151,17 +152,22 @@ def check_logits(name: str, images: Tensor) -> None:
 
 
 def check_gradients(name: str, images: Tensor, labels: Tensor) -> None:
-    """The loss of a pair as the logits, and all gradients within 1e-3 of their norm.
+    """The loss of a pair as the logits; gradients at most twice as far off as plain PyTorch's.
 
-    In evaluation mode, where no image's statistics touch another's.
+    A whole network in float32 is no judge of 1e-3: signs of |M| and of ReLU hang on rounding. In
+    evaluation mode, where no image's statistics touch another's.
     """
     images, labels = images[:2], labels[:2]
     model, judge = make_model(name).eval(), _judge(*SYSTEMS[name])
     found = loss_and_gradients(model, images, labels)
     exact = loss_and_gradients(judge, images.double(), labels)
     assert _distance(found, exact) < 1e-4, f"the loss differs by {_distance(found, exact):.1e}"
-    error = _distance(_gradients(model), _gradients(judge))
-    assert error < 1e-3, f"gradients differ by {error:.1e} of their norm"
+    plain = copy.deepcopy(judge).float()
+    loss_and_gradients(plain, images, labels)
+    error, torch_error = (_distance(_gradients(m), _gradients(judge)) for m in (model, plain))
+    assert error <= 2 * torch_error + torch.finfo(torch.float32).eps, (
+        f"gradients differ by {error:.1e} of their norm, plain PyTorch's by {torch_error:.1e}"
+    )
 
 
 def _distance(found: Tensor, exact: Tensor) -> float:
