@@ -136,7 +136,9 @@ def prepare(case: ModelCase, name: str) -> Entry:
         return Entry(lambda: infer(called.eval(), images), partial(check_logits, name, images))
     labels = torch.arange(case.batch, device=DEVICE) // 2
     # A step of length 0 costs what any step costs, and leaves all systems their weights.
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9, weight_decay=2e-4)
+    optimizer = torch.optim.SGD(
+        model.parameters(), lr=0.0, momentum=0.9, weight_decay=2e-4, fused=True
+    )
     return Entry(
         lambda: train_step(called, optimizer, images, labels),
         partial(check_gradients, name, images, labels),
