@@ -70,20 +70,20 @@ MUTATIONS = (
     ),
     Mutation(
         "exchange overwritten",
-        "cci.cu",
+        "cci_backward.cu",
         "// All have taken the weights; now dM.\n    __syncthreads();",
         "",
         "race",
-        "cci.cu",
+        "cci_backward.cu",
         166912,
     ),
     Mutation(
         "barrier in one group",
-        "cci.cu",
+        "cci_forward.cu",
         "exchange.give(weights);\n    __syncthreads();",
         "exchange.give(weights);\n    if (group_id() == 0) __syncthreads();",
         "divergence|never written",
-        "cci.cu",
+        "cci_forward.cu",
         shared_limit=166912,
     ),
     Mutation(
@@ -278,7 +278,7 @@ def run(emulator: Emulator, mutation: Mutation, x: Tensor, dy: Tensor) -> None:
         emulator.choose(HOPPER)
     else:
         emulator.shared_limit = mutation.shared_limit
-    if mutation.kernels == "cci.cu":
+    if mutation.kernels.startswith("cci"):
         check_cci("cuda", x, *make_pairs(len(x)), None, dy)
     else:
         check_sci("cuda", x, None, dy)

@@ -238,7 +238,7 @@ cudaError_t sci_backward(const Context& context, Dtype dtype, const Shape& shape
   return with_products(context, dtype, [&](auto products) {
     using Products = decltype(products);
     using T = typename Products::Element;
-    const size_t rows = static_cast<size_t>(shape.batch) * sci::padded_rows(shape.channels);
+    const size_t rows = static_cast<size_t>(shape.batch) * padded_rows(shape.channels);
     auto* terms = static_cast<RowTerms*>(context.allocate(context.owner, rows * sizeof(RowTerms)));
     sci::BackwardParameters<T> p{};
     p.terms = terms;

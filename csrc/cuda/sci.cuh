@@ -15,10 +15,6 @@ struct ForwardParameters {
   float factor;
 };
 
-// Images' row terms lie this far apart; what is no row has a divisor of 0, so that tiles need not
-// ask where the rows end.
-__host__ __device__ constexpr int padded_rows(int rows) { return round_up(rows, 2 * kBlockRows); }
-
 template <class T>
 struct TermsParameters {
   Batch<T> dy, x, v;

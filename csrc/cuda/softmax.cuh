@@ -111,10 +111,9 @@ __device__ __forceinline__ float minus_delta(float dp, const RowTerms& terms) {
   return dp - terms.z - terms.w;
 }
 
-// A row that does not exist has y = 0.
-__device__ __forceinline__ RowTerms load_terms(const RowTerms* terms, int row, int rows) {
-  return row < rows ? terms[row] : make_float4(0.f, 0.f, 0.f, 0.f);
-}
+// Images' row terms lie this far apart; what is no row has a divisor of 0, so that tiles need not
+// ask where the rows end.
+__host__ __device__ constexpr int padded_rows(int rows) { return round_up(rows, 2 * kBlockRows); }
 
 template <class Products>
 __device__ __forceinline__ float weight(float s, float factor, const RowTerms& terms) {

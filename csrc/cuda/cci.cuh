@@ -1,0 +1,119 @@
+// cci: Y = |P_i - eta_i P_p| v_i and its gradients, P = softmax(scale x x^T), p the partner of
+// image i: what its kernels share. docs/kernels.md explains the algorithm.
+#pragma once
+
+#include "host.cuh"
+
+namespace cin_fast {
+namespace cci {
+
+__device__ __forceinline__ float sign(float value) {
+  return value > 0.f ? 1.f : value < 0.f ? -1.f : 0.f;
+}
+
+// W_own - eta W_other, the same bits whoever computes it.
+__device__ __forceinline__ float contrast(float own, float eta, float other) {
+  return fmaf(-eta, other, own);
+}
+
+// The images that a block works on together. The second of them has no block of its own; an image
+// that is its own partner is both.
+struct Pair {
+  int64_t images[2];
+
+  __device__ Pair(const int64_t* partner, int64_t image) : images{image, partner[image]} {}
+
+  __device__ bool is_anothers() const { return images[1] < images[0]; }
+  __device__ bool is_single() const { return images[1] == images[0]; }
+};
+
+template <class T>
+struct StatisticsParameters {
+  Batch<T> x;
+  float *row_max, *row_sum;
+  float factor;
+};
+
+template <class T>
+struct ForwardParameters {
+  Batch<T> x, v;
+  const int64_t* partner;
+  const float* eta;
+  T *y, *b;
+  const float *row_max, *row_sum;
+  int columns;
+  float factor;
+};
+
+template <class T>
+struct BackwardParameters {
+  Batch<T> dy, x, v;
+  const int64_t* partner;
+  const float *eta, *row_max, *row_sum;
+  RowTerms* terms;
+  // The gradient of eta, a share for each row.
+  double* deta_rows;
+  T *dx, *dv;
+  int positions, columns;
+  float scale, factor;
+};
+
+// Peak and divisor of a lane's two rows of one image.
+template <class Products>
+__device__ void load_statistics(RowTerms (&terms)[2], const float* row_max, const float* row_sum,
+                                int row, int rows) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int r = row + lane_row() + half * 8;
+    const bool exists = r < rows;
+    terms[half] = make_float4(exists ? row_max[r] : 0.f,
+                              Products::divisor(exists ? row_sum[r] : 1.f), 0.f, 0.f);
+  }
+}
+
+// Elements of x x^T to weights; none where a column does not exist.
+template <class Products, int N>
+__device__ void to_weights(float (&s)[N][4], const RowTerms (&terms)[2], float factor,
+                           int columns) {
+#pragma unroll
+  for (int n = 0; n < N; ++n) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      const bool exists = n * 8 + lane_column() + e % 2 < columns;
+      s[n][e] = exists ? weight<Products>(s[n][e], factor, terms[e / 2]) : 0.f;
+    }
+  }
+}
+
+constexpr int kWidth = 32;
+constexpr int kBlockThreads = 2 * kGroupThreads;
+
+// Two groups of four warps share a block, one for each image. Thread t of either group holds the
+// same elements of a tile.
+__device__ __forceinline__ int group_id() { return threadIdx.x / kGroupThreads; }
+
+// Hands a thread's elements to its counterpart in the other group and returns with theirs.
+template <int kTiles>
+struct Exchange {
+  static constexpr int kElements = kTiles * 4 * kBlockThreads;
+
+  float* buffer;
+
+  __device__ explicit Exchange(SharedMemory& shared) : buffer(shared.take<float>(kElements)) {}
+
+  __device__ void give(const float (&own)[kTiles][4]) {
+#pragma unroll
+    for (int i = 0; i < kTiles * 4; ++i)
+      buffer[i * kBlockThreads + threadIdx.x] = own[i / 4][i % 4];
+  }
+
+  // After a barrier.
+  __device__ void take(float (&other)[kTiles][4]) const {
+#pragma unroll
+    for (int i = 0; i < kTiles * 4; ++i)
+      other[i / 4][i % 4] = buffer[i * kBlockThreads + (threadIdx.x ^ kGroupThreads)];
+  }
+};
+
+}  // namespace cci
+}  // namespace cin_fast

@@ -1,0 +1,137 @@
+// cci, forward: a sweep for peaks and sums, then one for the result. In the second each of a
+// block's two groups computes its own image's part of a tile and trades it, in shared memory, for
+// the other's; one group collects y, the other b.
+#include "cci.cuh"
+
+namespace cin_fast {
+namespace cci {
+namespace {
+
+template <class Products>
+__global__ void __launch_bounds__(kGroupThreads)
+    cci_statistics_kernel(StatisticsParameters<typename Products::Element> p, int row_blocks) {
+  using T = typename Products::Element;
+  const int64_t image = blockIdx.x / row_blocks;
+  const int row = blockIdx.x % row_blocks * kBlockRows;
+  const Matrix<T> x = p.x.image(image);
+  SharedMemory shared;
+  Stream<Products, kWidth> stream(shared);
+  RunningSoftmax<Products> softmax(p.factor);
+  for (int column = 0; column < x.rows; column += kWidth) {
+    float s[kWidth / 8][4] = {}, nothing[1][4] = {};
+    stream.product(s, x, row, x, column);
+    softmax.update(s, nothing, x.rows - column);
+  }
+  softmax.finish();
+  softmax.store(p.row_max + image * x.rows, p.row_sum + image * x.rows, row, x.rows);
+}
+
+template <class Products, int kColumns>
+struct ForwardTiles {
+  using T = typename Products::Element;
+  static constexpr int kPitch = kColumns + Products::kPad;
+  static constexpr size_t kStages = 2 * Stream<Products, kWidth>::kStage * sizeof(T);
+  static constexpr size_t kSharedBytes =
+      shared_bytes({kStages, kStages, kWidth * kPitch * sizeof(T),
+                    Exchange<kWidth / 8>::kElements * sizeof(float)});
+};
+
+// Grid: row blocks of all images, chunks of v's columns.
+template <class Products, int kColumns>
+__global__ void __launch_bounds__(kBlockThreads)
+    cci_forward_kernel(ForwardParameters<typename Products::Element> p, int row_blocks) {
+  using Tiles = ForwardTiles<Products, kColumns>;
+  using T = typename Products::Element;
+  constexpr int kAcross = kWidth / 8;
+  const int64_t image = blockIdx.x / row_blocks;
+  const int row = blockIdx.x % row_blocks * kBlockRows, chunk = blockIdx.y * kColumns;
+  const bool first = group_id() == 0;
+  const int64_t own = first ? image : p.partner[image];
+  const float eta = p.eta[image];
+  const Matrix<T> x = p.x.image(own), v = p.v.image(image);
+  SharedMemory shared;
+  Stream<Products, kWidth> streams[2] = {Stream<Products, kWidth>(shared),
+                                         Stream<Products, kWidth>(shared)};
+  T* values = shared.take<T>(kWidth * Tiles::kPitch);
+  Exchange<kAcross> exchange(shared);
+  Stream<Products, kWidth> stream = first ? streams[0] : streams[1];
+
+  RowTerms terms[2];
+  load_statistics<Products>(terms, p.row_max + own * x.rows, p.row_sum + own * x.rows, row, x.rows);
+  float acc[kColumns / 8][4] = {};
+  for (int column = 0; column < x.rows; column += kWidth) {
+    load_tile<kWidth, kColumns>(values, Tiles::kPitch, v, column, chunk, threadIdx.x,
+                                kBlockThreads);
+    ptx::cp_async_commit();
+    float weights[kAcross][4] = {}, others[kAcross][4];
+    stream.product(weights, x, row, x, column);
+    to_weights<Products>(weights, terms, p.factor, x.rows - column);
+    exchange.give(weights);
+    __syncthreads();
+    exchange.take(others);
+#pragma unroll
+    for (int n = 0; n < kAcross; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const float mine = weights[n][e], theirs = others[n][e];
+        weights[n][e] =
+            first ? fabsf(contrast(mine, eta, theirs)) : sign(contrast(theirs, eta, mine)) * mine;
+      }
+    }
+    Products::nn(acc, weights, values, Tiles::kPitch);
+    // The next tile of v and the next weights land where these lie.
+    __syncthreads();
+  }
+  T* to = (first ? p.y : p.b) + image * x.rows * p.columns;
+  store_tile<Products>(to, acc, 1.f, 1.f, row, x.rows, chunk, p.columns);
+}
+
+template <class Products, int kColumns>
+cudaError_t launch_forward(const Context& context, const Shape& shape,
+                           const ForwardParameters<typename Products::Element>& parameters) {
+  const int row_blocks = divide_up(shape.channels, kBlockRows);
+  return launch(context, "cci_forward", cci_forward_kernel<Products, kColumns>,
+                dim3(shape.batch * row_blocks, divide_up(parameters.columns, kColumns)),
+                kBlockThreads, ForwardTiles<Products, kColumns>::kSharedBytes, parameters,
+                row_blocks);
+}
+
+template <class Products>
+cudaError_t forward(const Context& context, const Shape& shape,
+                    const StatisticsParameters<typename Products::Element>& statistics,
+                    const ForwardParameters<typename Products::Element>& p) {
+  using T = typename Products::Element;
+  const int row_blocks = divide_up(shape.channels, kBlockRows);
+  CIN_FAST_RETURN_IF_ERROR(launch(
+      context, "cci_statistics", cci_statistics_kernel<Products>, dim3(shape.batch * row_blocks),
+      kGroupThreads, 2 * Stream<Products, kWidth>::kStage * sizeof(T), statistics, row_blocks));
+  return p.columns <= kThin ? launch_forward<Products, kThin>(context, shape, p)
+                            : launch_forward<Products, kChunk<Products>>(context, shape, p);
+}
+
+}  // namespace
+}  // namespace cci
+
+cudaError_t cci_forward(const Context& context, Dtype dtype, const Shape& shape, float scale,
+                        const CciForward& a) {
+  if (shape.batch == 0) return cudaSuccess;
+  return with_products(context, dtype, [&](auto products) {
+    using Products = decltype(products);
+    using T = typename Products::Element;
+    cci::ForwardParameters<T> p{};
+    p.partner = a.partner;
+    p.eta = a.eta;
+    p.y = static_cast<T*>(a.y);
+    p.b = static_cast<T*>(a.b);
+    p.row_max = a.row_max;
+    p.row_sum = a.row_sum;
+    p.columns = a.v.data ? shape.columns : shape.positions;
+    p.factor = softmax_factor<Products>(scale);
+    CIN_FAST_RETURN_IF_ERROR(aligned_batch(context, a.x, shape, shape.positions, &p.x));
+    p.v = p.x;
+    if (a.v.data) CIN_FAST_RETURN_IF_ERROR(aligned_batch(context, a.v, shape, p.columns, &p.v));
+    return cci::forward<Products>(context, shape, {p.x, a.row_max, a.row_sum, p.factor}, p);
+  });
+}
+
+}  // namespace cin_fast
