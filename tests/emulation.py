@@ -110,14 +110,24 @@ class Emulator:
         self.order = 0
         self.float32_products = "highest"
         self.choose(AMPERE)
-        # Of the last call: cycles lost to bank conflicts, and the kernels that ran.
+        # Of the last call: cycles lost to bank conflicts, and the kernels that ran. Of all calls:
+        # which kernels ran with how many bytes of shared memory a block.
         self.conflicts = 0
         self.launched: list[str] = []
+        self.blocks: set[tuple[str, int]] = set()
 
     def choose(self, capability: int) -> None:
         """Emulates a chip of this compute capability, times ten."""
         self.capability = capability
         self.shared_limit = _SHARED_LIMIT[capability]
+
+    def note_launches(self, report: str) -> None:
+        """``name:bytes`` of each launch of a call, apart by spaces."""
+        self.launched = []
+        for launch in report.split():
+            name, shared_bytes = launch.split(":")
+            self.launched.append(name)
+            self.blocks.add((name, int(shared_bytes)))
 
     def register(self) -> torch.library.Library:
         """The operators stay registered for as long as the result lives."""
@@ -219,7 +229,7 @@ class _Arguments:
         code = getattr(self._library, name)(ctypes.byref(self._call), *pointers)
         error = self._library.emulation_error().decode()
         self._emulator.conflicts = self._library.emulation_conflicts()
-        self._emulator.launched = self._library.emulation_launched().decode().split()
+        self._emulator.note_launches(self._library.emulation_launched().decode())
         if code or error:
             raise EmulationError(error or f"{name} returned {code}")
 

@@ -49,7 +49,8 @@ def library(repository: Path) -> Path:
 def reports(library: Path, repository: Path) -> list[str]:
     """ptxas's lie beside each object."""
     logs = sorted(repository.glob("build/temp*/csrc/cuda/*.log"), key=lambda p: p.stat().st_mtime)
-    newest = {log.name: log for log in logs}
+    sources = {path.name for path in (repository / "csrc/cuda").glob("*.cu")}
+    newest = {log.name: log for log in logs if log.stem in sources}
     return [log.read_text() for log in newest.values()]
 
 

@@ -6,6 +6,9 @@ hardware's own order of summation, and anything about speed.
 
 from __future__ import annotations
 
+from itertools import product
+from pathlib import Path
+
 import pytest
 import torch
 from emulation import AMPERE, HOPPER, Emulator
@@ -19,6 +22,7 @@ from cin_fast.testing import (
     assert_exact_as_torch,
     check_cci,
     check_sci,
+    evaluate_cci,
     evaluate_sci,
     make_input,
     make_pairs,
@@ -167,6 +171,25 @@ class Tf32Matmul(TorchDispatchMode):
 def to_tf32(t: Tensor) -> Tensor:
     bits = t.contiguous().view(torch.int32)
     return ((bits + 0xFFF + (bits >> 13 & 1)) & ~0x1FFF).view(torch.float32)
+
+
+@pytest.mark.parametrize("chip", [AMPERE, HOPPER])
+def test_shared_memory_of_a_block(emulator: Emulator, chip: int, repository: Path) -> None:
+    """What each launch asks for, operands as wide as they get: within the chip's limit, and as
+    docs/kernels.md says."""
+    emulator.choose(chip)
+    for dtype, columns in product((torch.bfloat16, torch.float32), (None, 9, 20)):
+        x, v, dy = inputs("diffuse", (1, 3, 208), columns, dtype)
+        evaluate_sci(x, v, dy, backend="cuda")
+        evaluate_cci(x, *make_pairs(1), v, dy, backend="cuda")
+    fast = "wgmma" if chip == HOPPER else "resident"
+    kernels = {kernel for kernel, _ in emulator.blocks}
+    assert {f"sci_{fast}_{what}" for what in ("forward", "terms", "backward")} <= kernels
+    documented = (repository / "docs" / "kernels.md").read_text()
+    for kernel, shared_bytes in emulator.blocks:
+        assert shared_bytes <= emulator.shared_limit, kernel
+        if "wgmma" in kernel:
+            assert f" {shared_bytes:,} |" in documented, (kernel, shared_bytes)
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.3, 0.0])

@@ -228,9 +228,9 @@ HOPPER_MUTATIONS = (
     ),
     on_hopper(
         "tile off by a row",
-        "sci_wgmma.cu",
-        "ring.full(tile), tile * kWidth, block.image",
-        "ring.full(tile), tile * kWidth + 1, block.image",
+        "warpgroup.cuh",
+        "barrier, tile * kWidth, image",
+        "barrier, tile * kWidth + 1, image",
         "error",
     ),
     on_hopper(

@@ -19,12 +19,13 @@ __device__ __forceinline__ float contrast(float own, float eta, float other) {
 // The images that a block works on together. The second of them has no block of its own; an image
 // that is its own partner is both.
 struct Pair {
-  int64_t images[2];
+  int64_t first, second;
 
-  __device__ Pair(const int64_t* partner, int64_t image) : images{image, partner[image]} {}
+  __device__ Pair(const int64_t* partner, int64_t image) : first(image), second(partner[image]) {}
 
-  __device__ bool is_anothers() const { return images[1] < images[0]; }
-  __device__ bool is_single() const { return images[1] == images[0]; }
+  __device__ int64_t image(int which) const { return which == 0 ? first : second; }
+  __device__ bool is_anothers() const { return second < first; }
+  __device__ bool is_single() const { return second == first; }
 };
 
 template <class T>

@@ -28,7 +28,7 @@ __global__ void __launch_bounds__(kBlockThreads)
   constexpr int kAcross = kWidth / 8;
   const Pair pair(p.partner, blockIdx.x / row_blocks);
   if (pair.is_anothers()) return;
-  const int64_t own = pair.images[group_id()], other = pair.images[1 - group_id()];
+  const int64_t own = pair.image(group_id()), other = pair.image(1 - group_id());
   const int row = blockIdx.x % row_blocks * kBlockRows;
   const Matrix<T> x = p.x.image(own), v = p.v.image(own), dy = p.dy.image(own);
   const float eta = p.eta[own], other_eta = p.eta[other];
@@ -131,7 +131,7 @@ __global__ void __launch_bounds__(kBlockThreads)
   constexpr int kAcross = kBackwardWidth / 8, kColumns = Tiles::kColumns;
   const Pair pair(p.partner, blockIdx.x / row_blocks);
   if (pair.is_anothers()) return;
-  const int64_t own = pair.images[group_id()], other = pair.images[1 - group_id()];
+  const int64_t own = pair.image(group_id()), other = pair.image(1 - group_id());
   const int row = blockIdx.x % row_blocks * kBlockRows;
   const int dx_chunks = divide_up(p.positions, kColumns);
   const bool for_dv = static_cast<int>(blockIdx.y) >= dx_chunks;

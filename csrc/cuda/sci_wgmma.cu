@@ -23,12 +23,9 @@ struct Place {
 template <class T, int kColumns, bool kTied>
 struct ForwardTiles {
   static constexpr int kWidth = 128, kStages = 3, kValues = kTied ? kColumns : kThin;
-  using Rows = Tile<T, kConsumerRows, kColumns>;
-  using X = Tile<T, kWidth, kColumns>;
-  using V = Tile<T, kWidth, kValues>;
-  static constexpr int kStageBytes = X::kBytes + (kTied ? 0 : V::kBytes);
-  static constexpr size_t kSharedBytes = shared_bytes(
-      {Rows::kBytes, kStages * size_t{kStageBytes}, Ring<kStages>::kBarriers * sizeof(uint64_t)});
+  using X = Operand<T, kConsumerRows, kWidth, kColumns, kStages>;
+  using V = Operand<T, 0, kWidth, kThin, kTied ? 0 : kStages>;
+  static constexpr size_t kSharedBytes = pipeline_bytes<kStages, X, V>();
 };
 
 template <class T, int kColumns, bool kTied>
@@ -42,23 +39,11 @@ __global__ void __launch_bounds__(kPipelineThreads, 1)
   const Place block(row_blocks);
   const int channels = p.x.rows, tiles = divide_up(channels, kWidth);
   SharedMemory shared;
-  const auto rows = take_tile<typename Tiles::Rows>(shared);
-  const Stages<typename Tiles::X, kStages> x(shared);
-  const Stages<typename Tiles::V, kTied ? 0 : kStages> v(shared);
+  const typename Tiles::X x(shared, maps.x, block.image);
+  const typename Tiles::V v(shared, maps.v, block.image);
+  const auto& values = values_of<kTied>(x, v);
   const Ring<kStages> ring(shared);
-
-  if (is_producer()) {
-    ptx::setmaxnreg_dec<kProducerRegisters>();
-    if (threadIdx.x > 0) return;
-    ptx::mbarrier_arrive_expect(ring.rows_full, rows.kBytes);
-    rows.load(maps.x, ring.rows_full, block.row, block.image);
-    for (int tile = 0; tile < tiles; ++tile) {
-      ring.refill(tile, Tiles::kStageBytes);
-      x[tile].load(maps.x, ring.full(tile), tile * kWidth, block.image);
-      if constexpr (!kTied) v[tile].load(maps.v, ring.full(tile), tile * kWidth, block.image);
-    }
-    return;
-  }
+  if (is_producer()) return produce(ring, block.row, tiles, x, v);
 
   ptx::setmaxnreg_inc<kConsumerRegisters>();
   const int own_row = consumer_row();
@@ -69,7 +54,7 @@ __global__ void __launch_bounds__(kPipelineThreads, 1)
   ptx::mbarrier_wait(ring.rows_full, 0);
   ring.wait(0);
   ptx::wgmma_fence();
-  start_nt(s, rows, own_row, x[0]);
+  start_nt(s, x.rows, own_row, x[0]);
   ptx::wgmma_commit();
   ptx::wgmma_wait<0>();
   softmax.weigh(s, shrink, channels);
@@ -78,12 +63,9 @@ __global__ void __launch_bounds__(kPipelineThreads, 1)
   for (int tile = 1; tile < tiles; ++tile) {
     ring.wait(tile);
     ptx::wgmma_fence();
-    start_nt(s, rows, own_row, x[tile]);
+    start_nt(s, x.rows, own_row, x[tile]);
     ptx::wgmma_commit();
-    if constexpr (kTied)
-      start_nn(acc, weights, x[tile - 1]);
-    else
-      start_nn(acc, weights, v[tile - 1]);
+    start_nn(acc, weights, values[tile - 1]);
     ptx::wgmma_commit();
     ptx::wgmma_wait<1>();
     softmax.weigh(s, shrink, channels - tile * kWidth);
@@ -93,10 +75,7 @@ __global__ void __launch_bounds__(kPipelineThreads, 1)
     pack<T>(weights, s);
   }
   ptx::wgmma_fence();
-  if constexpr (kTied)
-    start_nn(acc, weights, x[tiles - 1]);
-  else
-    start_nn(acc, weights, v[tiles - 1]);
+  start_nn(acc, weights, values[tiles - 1]);
   ptx::wgmma_commit();
   ptx::wgmma_wait<0>();
   softmax.finish();
@@ -111,14 +90,10 @@ __global__ void __launch_bounds__(kPipelineThreads, 1)
 template <class T, int kColumns, bool kTied>
 struct TermsTiles {
   static constexpr int kWidth = 128, kStages = kTied ? 2 : 3, kValues = kTied ? kColumns : kThin;
-  using Rows = Tile<T, kConsumerRows, kColumns>;
-  using DyRows = Tile<T, kConsumerRows, kValues>;
-  using X = Tile<T, kWidth, kColumns>;
-  using V = Tile<T, kWidth, kValues>;
-  static constexpr int kStageBytes = X::kBytes + (kTied ? 0 : V::kBytes);
-  static constexpr size_t kSharedBytes =
-      shared_bytes({Rows::kBytes, DyRows::kBytes, kStages * size_t{kStageBytes},
-                    Ring<kStages>::kBarriers * sizeof(uint64_t)});
+  using X = Operand<T, kConsumerRows, kWidth, kColumns, kStages>;
+  using V = Operand<T, 0, kWidth, kThin, kTied ? 0 : kStages>;
+  using Dy = Operand<T, kConsumerRows, kWidth, kValues, 0>;
+  static constexpr size_t kSharedBytes = pipeline_bytes<kStages, X, V, Dy>();
 };
 
 template <class T, int kColumns, bool kTied>
@@ -131,25 +106,12 @@ __global__ void __launch_bounds__(kPipelineThreads, 1)
   const Place block(row_blocks);
   const int channels = p.x.rows, tiles = divide_up(channels, kWidth);
   SharedMemory shared;
-  const auto rows = take_tile<typename Tiles::Rows>(shared);
-  const auto dy_rows = take_tile<typename Tiles::DyRows>(shared);
-  const Stages<typename Tiles::X, kStages> x(shared);
-  const Stages<typename Tiles::V, kTied ? 0 : kStages> v(shared);
+  const typename Tiles::X x(shared, maps.x, block.image);
+  const typename Tiles::V v(shared, maps.v, block.image);
+  const typename Tiles::Dy dy(shared, maps.dy, block.image);
+  const auto& values = values_of<kTied>(x, v);
   const Ring<kStages> ring(shared);
-
-  if (is_producer()) {
-    ptx::setmaxnreg_dec<kProducerRegisters>();
-    if (threadIdx.x > 0) return;
-    ptx::mbarrier_arrive_expect(ring.rows_full, rows.kBytes + dy_rows.kBytes);
-    rows.load(maps.x, ring.rows_full, block.row, block.image);
-    dy_rows.load(maps.dy, ring.rows_full, block.row, block.image);
-    for (int tile = 0; tile < tiles; ++tile) {
-      ring.refill(tile, Tiles::kStageBytes);
-      x[tile].load(maps.x, ring.full(tile), tile * kWidth, block.image);
-      if constexpr (!kTied) v[tile].load(maps.v, ring.full(tile), tile * kWidth, block.image);
-    }
-    return;
-  }
+  if (is_producer()) return produce(ring, block.row, tiles, x, v, dy);
 
   ptx::setmaxnreg_inc<kConsumerRegisters>();
   const int own_row = consumer_row(), row = block.row + own_row;
@@ -159,11 +121,8 @@ __global__ void __launch_bounds__(kPipelineThreads, 1)
     float s[kWidth / 8][4], dp[kWidth / 8][4];
     ring.wait(tile);
     ptx::wgmma_fence();
-    start_nt(s, rows, own_row, x[tile]);
-    if constexpr (kTied)
-      start_nt(dp, dy_rows, own_row, x[tile]);
-    else
-      start_nt(dp, dy_rows, own_row, v[tile]);
+    start_nt(s, x.rows, own_row, x[tile]);
+    start_nt(dp, dy.rows, own_row, values[tile]);
     ptx::wgmma_commit();
     ptx::wgmma_wait<0>();
     ring.release(tile);
@@ -176,14 +135,10 @@ __global__ void __launch_bounds__(kPipelineThreads, 1)
 template <class T, int kColumns, bool kTied>
 struct BackwardTiles {
   static constexpr int kWidth = 64, kStages = 2, kValues = kTied ? kColumns : kThin;
-  using Rows = Tile<T, kConsumerRows, kColumns>;
-  using ValueRows = Tile<T, kConsumerRows, kValues>;
-  using X = Tile<T, kWidth, kColumns>;
-  using Values = Tile<T, kWidth, kValues>;
-  static constexpr int kRowBytes = Rows::kBytes + (kTied ? 1 : 2) * ValueRows::kBytes;
-  static constexpr int kStageBytes = X::kBytes + (kTied ? 1 : 2) * Values::kBytes;
-  static constexpr size_t kSharedBytes = shared_bytes(
-      {kRowBytes, kStages * size_t{kStageBytes}, Ring<kStages>::kBarriers * sizeof(uint64_t)});
+  using X = Operand<T, kConsumerRows, kWidth, kColumns, kStages>;
+  using V = Operand<T, kTied ? 0 : kConsumerRows, kWidth, kThin, kTied ? 0 : kStages>;
+  using Dy = Operand<T, kConsumerRows, kWidth, kValues, kStages>;
+  static constexpr size_t kSharedBytes = pipeline_bytes<kStages, X, V, Dy>();
 };
 
 template <class T, int kColumns, bool kTied>
@@ -193,34 +148,16 @@ __global__ void __launch_bounds__(kPipelineThreads, 1)
 #ifdef CIN_FAST_WGMMA
   using Products = HalfProducts<T>;
   using Tiles = BackwardTiles<T, kColumns, kTied>;
-  constexpr int kWidth = Tiles::kWidth, kHalf = kWidth / 2;
-  constexpr int kStages = Tiles::kStages, kThinStages = kTied ? 0 : kStages;
+  constexpr int kWidth = Tiles::kWidth, kHalf = kWidth / 2, kStages = Tiles::kStages;
   const Place block(row_blocks);
   const int channels = p.x.rows, tiles = divide_up(channels, kWidth);
   SharedMemory shared;
-  const auto rows = take_tile<typename Tiles::Rows>(shared);
-  const auto dy_rows = take_tile<typename Tiles::ValueRows>(shared);
-  const Stages<typename Tiles::ValueRows, kTied ? 0 : 1> v_rows(shared);
-  const Stages<typename Tiles::X, kStages> x(shared);
-  const Stages<typename Tiles::Values, kStages> dy(shared);
-  const Stages<typename Tiles::Values, kThinStages> v(shared);
+  const typename Tiles::X x(shared, maps.x, block.image);
+  const typename Tiles::V v(shared, maps.v, block.image);
+  const typename Tiles::Dy dy(shared, maps.dy, block.image);
+  const auto& values = values_of<kTied>(x, v);
   const Ring<kStages> ring(shared);
-
-  if (is_producer()) {
-    ptx::setmaxnreg_dec<kProducerRegisters>();
-    if (threadIdx.x > 0) return;
-    ptx::mbarrier_arrive_expect(ring.rows_full, Tiles::kRowBytes);
-    rows.load(maps.x, ring.rows_full, block.row, block.image);
-    dy_rows.load(maps.dy, ring.rows_full, block.row, block.image);
-    if constexpr (!kTied) v_rows[0].load(maps.v, ring.rows_full, block.row, block.image);
-    for (int tile = 0; tile < tiles; ++tile) {
-      ring.refill(tile, Tiles::kStageBytes);
-      x[tile].load(maps.x, ring.full(tile), tile * kWidth, block.image);
-      dy[tile].load(maps.dy, ring.full(tile), tile * kWidth, block.image);
-      if constexpr (!kTied) v[tile].load(maps.v, ring.full(tile), tile * kWidth, block.image);
-    }
-    return;
-  }
+  if (is_producer()) return produce(ring, block.row, tiles, x, v, dy);
 
   ptx::setmaxnreg_inc<kConsumerRegisters>();
   const int own_row = consumer_row(), row = block.row + own_row;
@@ -238,14 +175,9 @@ __global__ void __launch_bounds__(kPipelineThreads, 1)
       float s[kHalf / 8][4], dp[kHalf / 8][4], dp_mirrored[kHalf / 8][4];
       uint32_t ds[kHalf / 16][4], weights[kHalf / 16][4];
       ptx::wgmma_fence();
-      start_nt(s, rows, own_row, x[tile], column);
-      if constexpr (kTied) {
-        start_nt(dp, dy_rows, own_row, x[tile], column);
-        start_nt(dp_mirrored, rows, own_row, dy[tile], column);
-      } else {
-        start_nt(dp, dy_rows, own_row, v[tile], column);
-        start_nt(dp_mirrored, v_rows[0], own_row, dy[tile], column);
-      }
+      start_nt(s, x.rows, own_row, x[tile], column);
+      start_nt(dp, dy.rows, own_row, values[tile], column);
+      start_nt(dp_mirrored, values.rows, own_row, dy[tile], column);
       ptx::wgmma_commit();
       ptx::wgmma_wait<0>();
       // Holds the terms' loads back: moved up before the wait, they would take registers and spill.

@@ -140,20 +140,46 @@ __device__ __forceinline__ void pack(uint32_t (*packed)[4], const float (&p)[N][
   }
 }
 
-// kStages tiles of one operand in turn: `tile` counts on for ever.
-template <class Tile, int kStages>
-struct Stages {
-  unsigned char* data;
+// One operand in shared memory: the block's kRows rows of it, and kStages tiles of kWidth rows that
+// pass by. Either may be none.
+template <class T, int kRows, int kWidth, int kColumns, int kStages>
+struct Operand {
+  using Rows = Tile<T, kRows, kColumns>;
+  using Passing = Tile<T, kWidth, kColumns>;
+  static constexpr int kRowBytes = Rows::kBytes;
+  static constexpr int kStageBytes = kStages > 0 ? Passing::kBytes : 0;
+  static constexpr int kBytes = kRowBytes + kStages * kStageBytes;
 
-  __device__ explicit Stages(SharedMemory& shared)
-      : data(shared.take<unsigned char>(kStages * Tile::kBytes)) {}
+  const TileMaps& maps;
+  int image;
+  Rows rows;
+  unsigned char* stages;
 
-  __device__ Tile operator[](int tile) const { return {data + tile % kStages * Tile::kBytes}; }
+  __device__ Operand(SharedMemory& shared, const TileMaps& maps, int image)
+      : maps(maps),
+        image(image),
+        rows{shared.take<unsigned char>(kBytes)},
+        stages(rows.data + kRowBytes) {}
+
+  // `tile` counts on for ever.
+  __device__ Passing operator[](int tile) const { return {stages + tile % kStages * kStageBytes}; }
+
+  __device__ void load_rows(uint64_t* barrier, int row) const {
+    rows.load(maps, barrier, row, image);
+  }
+
+  __device__ void load(uint64_t* barrier, int tile) const {
+    if constexpr (kStages > 0) (*this)[tile].load(maps, barrier, tile * kWidth, image);
+  }
 };
 
-template <class Tile>
-__device__ __forceinline__ Tile take_tile(SharedMemory& shared) {
-  return {shared.take<unsigned char>(Tile::kBytes)};
+// The operand whose tiles are the values: where v = x, x itself.
+template <bool kTied, class X, class V>
+__device__ __forceinline__ const auto& values_of(const X& x, const V& v) {
+  if constexpr (kTied)
+    return x;
+  else
+    return v;
 }
 
 // What the block's warp groups tell each other: that its rows have come, and for each of kStages
@@ -193,5 +219,24 @@ struct Ring {
     if (lane_id() == 0) ptx::mbarrier_arrive(empty(tile));
   }
 };
+
+template <int kStages, class... Operands>
+constexpr size_t pipeline_bytes() {
+  return shared_bytes({size_t{Operands::kBytes}..., Ring<kStages>::kBarriers * sizeof(uint64_t)});
+}
+
+// The producer's work: one thread brings the block's rows, from `row` on, then tile after tile.
+template <int kStages, class... Operands>
+__device__ __forceinline__ void produce(const Ring<kStages>& ring, int row, int tiles,
+                                        const Operands&... operands) {
+  ptx::setmaxnreg_dec<kProducerRegisters>();
+  if (threadIdx.x > 0) return;
+  ptx::mbarrier_arrive_expect(ring.rows_full, (Operands::kRowBytes + ...));
+  (operands.load_rows(ring.rows_full, row), ...);
+  for (int tile = 0; tile < tiles; ++tile) {
+    ring.refill(tile, (Operands::kStageBytes + ...));
+    (operands.load(ring.full(tile), tile), ...);
+  }
+}
 
 }  // namespace cin_fast

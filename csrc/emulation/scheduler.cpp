@@ -230,7 +230,7 @@ int last_error() {
 void launch(const void* kernel, const char* name, dim3 grid, dim3 block, size_t shared_bytes,
             const std::function<void()>& body) {
   machine.kernel = name;
-  machine.launched += std::string(name) + " ";
+  machine.launched += std::string(name) + ":" + std::to_string(shared_bytes) + " ";
   const auto limit = machine.shared_limits.find(kernel);
   const size_t allowed =
       std::max(kPlainSharedBytes, limit == machine.shared_limits.end() ? 0 : limit->second);
