@@ -50,8 +50,7 @@ def eager(heads: Heads, x_BCHW: Tensor, partner: Tensor) -> tuple[Tensor, Tensor
 
 def pooled(heads: Heads, x_BCHW: Tensor, partner: Tensor) -> tuple[Tensor, Tensor]:
     """What cin_fast's model does."""
-    means = heads.sci.pooled(x_BCHW)
-    return means.z_BC, heads.cci.pooled(x_BCHW, partner, means)
+    return heads.cci.pooled_pair(x_BCHW, partner)
 
 
 def make_heads(case: Case, dtype: torch.dtype, backend: str | None = None) -> Heads:

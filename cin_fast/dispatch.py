@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 _OPERATORS = ("sci", "sci_backward", "cci", "cci_backward")
@@ -77,6 +78,24 @@ def why_not(x: Tensor, backend: str) -> str:
     if x.dtype not in _KERNEL_DTYPES:
         return f"it takes float32, bfloat16 and float16, found {x.dtype}"
     return unavailable(backend)
+
+
+def transformed(*tensors: Tensor | None) -> bool:
+    """Whether forward-mode AD or torch.func is at work.
+
+    Registered operators give no tangent there, and torch does not say so: the definition does.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    if torch._C._are_functorch_transforms_active():
+        return True
+    return any(t is not None and unpack_dual(t).tangent is not None for t in tensors)
+
+
+def autocast_enabled(x: Tensor) -> bool:
+    """Whether autocast rounds what goes into an operator on this tensor's device."""
+    # The meta device knows no autocast, and asking it is an error.
+    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
 
 
 @_constant_when_compiled

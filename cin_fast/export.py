@@ -88,9 +88,10 @@ def _metadata(trained: Trained) -> dict[str, str]:
 def _definitions() -> dict[Any, Callable[..., Any]]:
     ours = torch.ops.cin_fast
     table = {getattr(ours, f"{name}_sci").default: _sci for name in BACKENDS}
-    return table | {
+    table |= {
         getattr(ours, f"{name}_tap_means").default: reference.tap_means for name in TAP_BACKENDS
     }
+    return table | {ours.cpu_thin_linear.default: torch.nn.functional.linear}
 
 
 def _sci(x: Tensor, v: Tensor | None, scale: float) -> tuple[Tensor, Tensor, Tensor]:

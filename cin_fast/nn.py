@@ -13,9 +13,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from cin_fast.ops import cci, check_partner, sci, tap_means
+from cin_fast.thin import thin_linear
 
 _CENTRE_TAP = 4
 
@@ -31,6 +31,15 @@ class PooledSCI(NamedTuple):
     """Tap means of x, which :class:`CCI` can use again."""
 
 
+class PooledPair(NamedTuple):
+    """What :meth:`CCI.pooled_pair` returns."""
+
+    z_BC: Tensor
+    """Spatial mean of Z."""
+    z_pair_BC: Tensor
+    """Spatial mean of Z', each image against its partner."""
+
+
 def make_phi(channels: int) -> nn.Conv2d:
     """phi of Eq. 3 and 6: one 3 x 3 convolution with bias, no norm, no activation.
 
@@ -42,9 +51,9 @@ def make_phi(channels: int) -> nn.Conv2d:
     return nn.Conv2d(channels, channels, 3, padding=1)
 
 
-def mean_of_conv(phi: nn.Conv2d, taps_BC9: Tensor) -> Tensor:
+def mean_of_conv(phi: nn.Conv2d, taps_BC9: Tensor, backend: str | None = None) -> Tensor:
     """The mean over positions of ``phi(map)``, (B, C), from the map's tap means."""
-    return F.linear(taps_BC9.flatten(1), phi.weight.flatten(1), phi.bias)
+    return thin_linear(taps_BC9.flatten(1), phi.weight.flatten(1), phi.bias, backend=backend)
 
 
 class SCI(nn.Module):
@@ -75,7 +84,7 @@ class SCI(nn.Module):
         _check_map(x, self.phi.in_channels)
         v_BC9 = tap_means(x)
         y_BC9 = sci(x, v_BC9, scale=self.scale, backend=self.backend)
-        z_BC = mean_of_conv(self.phi, y_BC9) + v_BC9[..., _CENTRE_TAP]
+        z_BC = mean_of_conv(self.phi, y_BC9, self.backend) + v_BC9[..., _CENTRE_TAP]
         return PooledSCI(z_BC, y_BC9[..., _CENTRE_TAP], v_BC9)
 
     def extra_repr(self) -> str:
@@ -154,7 +163,25 @@ class CCI(nn.Module):
             v_BC9, y_BC = sci_means.v_BC9, sci_means.y_BC
         eta_B = self.eta(y_BC, partner)
         y_BC9 = cci(x, partner, eta_B, v_BC9, scale=self.scale, backend=self.backend)
-        return mean_of_conv(self.phi, y_BC9) + v_BC9[..., _CENTRE_TAP]
+        return mean_of_conv(self.phi, y_BC9, self.backend) + v_BC9[..., _CENTRE_TAP]
+
+    def pooled_pair(self, x: Tensor, partner: Tensor) -> PooledPair:
+        """Spatial means of Z and of Z', where phi is shared with SCI as in the paper.
+
+        Equal to those of :meth:`SCI.pooled` and :meth:`pooled`; phi's weight is read once for both.
+
+        Args:
+            x: maps (B, C, H, W).
+            partner: int64 (B,), an involution.
+        """
+        _check_map(x, self.phi.in_channels)
+        v_BC9 = tap_means(x)
+        y_BC9 = sci(x, v_BC9, scale=self.scale, backend=self.backend)
+        eta_B = self.eta(y_BC9[..., _CENTRE_TAP], partner)
+        y_pair_BC9 = cci(x, partner, eta_B, v_BC9, scale=self.scale, backend=self.backend)
+        conv_2BC = mean_of_conv(self.phi, torch.cat([y_BC9, y_pair_BC9]), self.backend)
+        mean_BC, images = v_BC9[..., _CENTRE_TAP], len(x)
+        return PooledPair(conv_2BC[:images] + mean_BC, conv_2BC[images:] + mean_BC)
 
     def extra_repr(self) -> str:
         return f"scale={self.scale}"

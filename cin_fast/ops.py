@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
-from torch.autograd.forward_ad import unpack_dual
 
 from cin_fast import dispatch, reference
 
@@ -68,7 +67,7 @@ def sci(
     x, v = _autocast(x, v)
     scale = _number("scale", scale)
     x_BCL, v_BCK = _flat(x), None if v is None else _flat(v)
-    if _transformed(x, v):
+    if dispatch.transformed(x, v):
         _require_definition(backend)
         y_BCK = reference.sci(x_BCL, x_BCL if v_BCK is None else v_BCK, scale)
     else:
@@ -112,7 +111,7 @@ def cci(
     eta = eta.to(torch.promote_types(x.dtype, torch.float32))
     partner = partner.to(x.device, non_blocking=True)
     x_BCL, v_BCK = _flat(x), None if v is None else _flat(v)
-    if _transformed(x, v, eta):
+    if dispatch.transformed(x, v, eta):
         _require_definition(backend)
         y_BCK = reference.cci(x_BCL, partner, eta, x_BCL if v_BCK is None else v_BCK, scale)[0]
     else:
@@ -150,7 +149,7 @@ def tap_means(x: Tensor) -> Tensor:
     _check_features(x)
     if x.dim() != 4:
         raise ValueError(f"x: expected (B, C, H, W), found shape {tuple(x.shape)}")
-    if _transformed(x):
+    if dispatch.transformed(x):
         return reference.tap_means(x)
     name = "reference" if dispatch.why_not(x, "cpu") else "cpu"
     return _op(name, "tap_means")(x)
@@ -162,18 +161,6 @@ def _op(backend: str, stem: str) -> Any:
 
 def _backend(x: Tensor, backend: str | None) -> str:
     return dispatch.choose(x) if backend is None else dispatch.require(x, backend)
-
-
-def _transformed(*tensors: Tensor | None) -> bool:
-    """Whether forward-mode AD or torch.func is at work.
-
-    Registered operators give no tangent there, and torch does not say so: the definition does.
-    """
-    if torch.compiler.is_compiling():
-        return False
-    if torch._C._are_functorch_transforms_active():
-        return True
-    return any(t is not None and unpack_dual(t).tangent is not None for t in tensors)
 
 
 def _require_definition(backend: str | None) -> None:
@@ -195,15 +182,10 @@ def _flat(t: Tensor) -> Tensor:
 
 
 def _autocast(x: Tensor, v: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    if x.dtype == torch.float64 or not _autocast_enabled(x):
+    if x.dtype == torch.float64 or not dispatch.autocast_enabled(x):
         return x, v
     dtype = torch.get_autocast_dtype(x.device.type)
     return x.to(dtype), None if v is None else v.to(dtype)
-
-
-def _autocast_enabled(x: Tensor) -> bool:
-    # The meta device knows no autocast, and asking it is an error.
-    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
 
 
 def _check_features(x: Tensor) -> None:
@@ -228,7 +210,7 @@ def _check_values(x: Tensor, v: Tensor | None) -> None:
         )
     if v.shape[2] == 0 or v.shape[-1] == 0:
         raise ValueError(f"v: columns may not be empty, found {tuple(v.shape)}")
-    if v.dtype != x.dtype and not _autocast_enabled(x):
+    if v.dtype != x.dtype and not dispatch.autocast_enabled(x):
         raise ValueError(f"v: expected x's dtype {x.dtype}, found {v.dtype}")
     if v.device != x.device:
         raise ValueError(f"v: expected x's device {x.device}, found {v.device}")

@@ -10,7 +10,7 @@ from torch import nn
 import cin_fast
 from cin_fast.nn import CCI, SCI, ChannelAttention, mean_of_conv
 from cin_fast.reference import tap_rectangles
-from cin_fast.testing import make_input
+from cin_fast.testing import make_input, make_pairs
 
 MAPS = [(14, 14), (7, 7), (1, 1), (5, 9), (1, 6), (4, 1), (2, 2)]
 
@@ -103,6 +103,24 @@ def test_sci_is_equation_3():
     module, x = SCI(6).double(), make_map(4, 5, dtype=torch.float64)
     y = torch.softmax(-x.flatten(2) @ x.flatten(2).mT, -1) @ x.flatten(2)
     torch.testing.assert_close(module(x), module.phi(y.view_as(x)) + x)
+
+
+@pytest.mark.parametrize("batch", [4, 3, 0])
+def test_pooled_pair_is_both_pooled_forms(batch):
+    sci = SCI(6)
+    cci = CCI(6, phi=sci.phi)
+    partner, _ = make_pairs(batch)
+    found = []
+    for joint in (True, False):
+        x = make_map(5, 9, batch=batch).requires_grad_()
+        means = sci.pooled(x)
+        z, z_pair = (
+            cci.pooled_pair(x, partner) if joint else (means.z_BC, cci.pooled(x, partner, means))
+        )
+        total = (z * make_input("randn", z.shape)).sum() + z_pair.square().sum()
+        found.append([z, z_pair, *torch.autograd.grad(total, [x, *cci.parameters()])])
+    for joint, alone in zip(*found, strict=True):
+        torch.testing.assert_close(joint, alone, rtol=1e-5, atol=1e-6)
 
 
 def test_sci_pooled_returns_the_means_of_y():

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from cin_fast.losses import contrastive_loss
 from cin_fast.models.base import Classifier, LossParts
-from cin_fast.nn import CCI, SCI, PooledSCI
+from cin_fast.nn import CCI, SCI
 from cin_fast.ops import check_partner
 
 
@@ -137,8 +137,7 @@ class CIN(SCICont):
 
     def pair_features(self, x_BCHW: Tensor, partner: Tensor) -> tuple[Tensor, Tensor]:
         if self.pooled:
-            means: PooledSCI = self.sci.pooled(x_BCHW)
-            return means.z_BC, self.cci.pooled(x_BCHW, partner, means)
+            return self.cci.pooled_pair(x_BCHW, partner)
         z_BCHW = self.sci(x_BCHW)
         z_pair_BCHW = self.cci(x_BCHW, partner)
         return z_BCHW.mean(dim=(2, 3)), z_pair_BCHW.mean(dim=(2, 3))

@@ -1,21 +1,16 @@
-// How a batch is cut: row blocks, the rounds in which their tiles are visited, and scratch memory.
+// How a batch is cut: row blocks, and the rounds in which their tiles are visited.
 
 #pragma once
 
 #include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
 
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
-#include <memory>
 #include <thread>
 #include <vector>
 
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
+#include "memory.h"
 
 namespace cin_fast {
 
@@ -41,37 +36,6 @@ inline Blocks make_blocks(int64_t images, int64_t channels, int64_t largest = kL
   while (size > kSmallestBlock && (tasks() < wanted || channels <= size / 2)) size /= 2;
   return Blocks(channels, size);
 }
-
-constexpr size_t kHugePage = size_t{2} << 20;
-
-// Floats handed out in pieces, each starting on a cache line.
-class Scratch {
- public:
-  explicit Scratch(int64_t floats)
-      : memory_(at::empty({floats}, at::kFloat)), next_(memory_.data_ptr<float>()) {
-    ask_for_huge_pages(next_, floats * sizeof(float));
-  }
-  float* take(int64_t floats) {
-    float* piece = next_;
-    next_ += padded(floats);
-    return piece;
-  }
-  static int64_t padded(int64_t floats) { return (floats + 15) / 16 * 16; }
-
- private:
-  // Packed operands are read at wide strides: few large pages are found sooner than many small
-  // ones, and are handed out by the system in one go. Only advice, so that a refusal is no error.
-  static void ask_for_huge_pages(void* start, size_t bytes) {
-#ifdef MADV_HUGEPAGE
-    void* inside = start;
-    if (std::align(kHugePage, kHugePage, inside, bytes))
-      madvise(inside, bytes / kHugePage * kHugePage, MADV_HUGEPAGE);
-#endif
-  }
-
-  at::Tensor memory_;
-  float* next_;
-};
 
 // Whole vectors, at no pitch that would put many rows into the same few places of the cache.
 inline int64_t padded_width(int64_t vector, int64_t n) {

@@ -125,6 +125,14 @@ struct Kernels {
   // mirrored |M|. a and b may be the same image.
   void (*cci_gradient)(const PairSide& a, const PairSide& b, int64_t rows, int64_t cols, int64_t ld,
                        float scale);
+  // Products of a (rows, depth), with few rows, and w (outputs, depth), floats at pitch ld:
+  // y += a w^T, da += dy w, dw = dy^T a.
+  void (*thin_forward)(const float* a, const float* w, int64_t ld, int64_t rows, int64_t outputs,
+                       int64_t depth, float* y, int64_t ldy);
+  void (*thin_input)(const float* dy, int64_t ldy, const float* w, int64_t ld, int64_t rows,
+                     int64_t outputs, int64_t depth, float* da, int64_t ldda);
+  void (*thin_weight)(const float* dy, int64_t ldy, const float* a, int64_t ld, int64_t rows,
+                      int64_t outputs, int64_t depth, float* dw);
   // Where the gradients of a tile leave s as a left side transposed: in s itself, or, if slots hold
   // two rows, in the rows of e that they leave free.
   const float* across(const float* s, const float* e, int64_t ld) const {

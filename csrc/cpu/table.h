@@ -4,6 +4,7 @@
 
 #include "pairs.h"
 #include "rows.h"
+#include "thin.h"
 #include "tile.h"
 
 namespace cin_fast::CIN_FAST_ISA {
@@ -34,6 +35,9 @@ constexpr Kernels kTable = {
     .cci_weights = cci_weights,
     .cci_delta = cci_delta,
     .cci_gradient = cci_gradient,
+    .thin_forward = thin_forward,
+    .thin_input = thin_input,
+    .thin_weight = thin_weight,
 };
 
 }  // namespace cin_fast::CIN_FAST_ISA
