@@ -98,6 +98,26 @@ def cci_backward(
     return dx_BCL, deta_B, dv_BCK
 
 
+@_as_written
+def eta(mean_y_BC: Tensor, partner_B: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """psi([mean Y_i, mean Y_partner(i)]) of Eq. 5, (B,): psi's weight has 2 C numbers, bias one."""
+    wide = mean_y_BC.to(torch.promote_types(mean_y_BC.dtype, torch.float32))
+    own_C, other_C = weight.to(wide.dtype).flatten().chunk(2)
+    return wide @ own_C + wide[partner_B] @ other_C + bias.to(wide.dtype).reshape(())
+
+
+@_as_written
+def eta_backward(
+    deta_B: Tensor, mean_y_BC: Tensor, partner_B: Tensor, weight: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of :func:`eta` with respect to the means (B, C), psi's weight and its bias."""
+    own_C, other_C = weight.to(deta_B.dtype).flatten().chunk(2)
+    wide = mean_y_BC.to(deta_B.dtype)
+    dmean_BC = torch.outer(deta_B, own_C) + torch.outer(deta_B[partner_B], other_C)
+    dweight = torch.cat([deta_B @ wide, deta_B @ wide[partner_B]]).reshape(weight.shape)
+    return dmean_BC, dweight, deta_B.sum()
+
+
 def tap_rectangles(height: int, width: int, *, device: torch.device, dtype: torch.dtype) -> Tensor:
     """U (H*W, 9): the positions that each tap of a padded 3x3 convolution reaches, divided by H*W.
 

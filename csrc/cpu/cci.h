@@ -47,6 +47,8 @@ struct PairImage {
   float *x_columns, *x_rows;
   float *v_columns, *v_rows;
   float *dy_columns, *dy_rows;
+  // Where sci's gradient is taken along.
+  float *sci_dy_columns, *sci_dy_rows;
   // Forward: y and b in the making. Backward: dx and dv.
   float *acc, *acc2;
   float *max, *argmax, *sum, *share, *share_rest, *pivot, *delta, *deta;
@@ -82,8 +84,9 @@ class Pairs {
             make_blocks(static_cast<int64_t>(pairs_.size()), shape.channels, kLargestPairBlock)) {}
 
  protected:
+  static constexpr int64_t kMostTiles = 10;
   struct Tile {
-    float* t[6];
+    float* t[kMostTiles];
     float *row_max, *col_max, *factor;
   };
 
@@ -91,12 +94,13 @@ class Pairs {
     return 2 * images_in_flight(static_cast<int64_t>(pairs_.size()));
   }
 
-  void make_tiles() {
+  // `count` of them for each thread.
+  void make_tiles(int64_t count) {
     const int64_t threads = at::get_num_threads(), size = blocks_.size;
-    tile_memory_.emplace(threads * (6 * size * size + 3 * size));
+    tile_memory_.emplace(threads * (count * size * size + 3 * size));
     for (int64_t n = 0; n < threads; n++) {
-      Tile tile;
-      for (float*& t : tile.t) t = tile_memory_->take(size * size);
+      Tile tile{};
+      for (int64_t t = 0; t < count; t++) tile.t[t] = tile_memory_->take(size * size);
       tile.row_max = tile_memory_->take(size);
       tile.col_max = tile_memory_->take(size);
       tile.factor = tile_memory_->take(size);
@@ -108,6 +112,19 @@ class Pairs {
     for (float** array : {&image.max, &image.argmax, &image.sum, &image.share, &image.share_rest,
                           &image.pivot, &image.delta, &image.deta})
       *array = memory.take(blocks_.padded());
+  }
+
+  // What makes a block's weights again, of an image whose first row is `first` in the batch: where
+  // its rows' largest weights stand, and their sums.
+  void restore_weights(const PairImage& packed, const void* x, int64_t first, int64_t block,
+                       const float* row_argmax, const float* row_sum) const {
+    const int64_t row = blocks_.first(block), rows = blocks_.rows(block);
+    for (float* array : {packed.argmax, packed.share, packed.share_rest})
+      std::fill_n(array + row, blocks_.size, 0.0f);
+    std::copy_n(row_argmax + first + row, rows, packed.argmax + row);
+    reciprocals(row_sum + first + row, rows, packed.share + row, packed.share_rest + row);
+    isa_.max_logits(packed.x_columns + row * x_slots_, isa_.at(x, first * shape_.depth),
+                    packed.argmax + row, rows, shape_.depth, scale_, packed.max + row);
   }
 
   // run(job, team) for each pair.

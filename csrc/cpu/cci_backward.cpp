@@ -1,4 +1,5 @@
-// The gradient of |W_i - eta_i W_partner(i)| v_i on the CPU.
+// The gradient of |W_i - eta_i W_partner(i)| v_i on the CPU, and with it, if asked for, that of
+// W_i v_i: both make the same tiles again, and share the product with x.
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -20,6 +21,8 @@ class PairsBackward : Pairs {
     // Elements. y and b are null where they are too coarse for the row sums of dP P, which then
     // take a sweep of their own.
     const void *dy, *x, *v, *y, *b;
+    // Of sci, elements; null where its gradient is not asked for.
+    const void *sci_dy, *sci_y;
     const float *row_argmax, *row_sum;
     // Elements; dv is null where v is x.
     void *dv, *dx;
@@ -31,8 +34,10 @@ class PairsBackward : Pairs {
 
   void run() {
     const int64_t images = images_under_way(), rows = blocks_.padded();
-    Scratch memory(images * rows * (x_slots_ + 2 * depth_width_ + slots_ + width_ + 8) +
-                   (data_.dv ? images * rows * (slots_ + width_) : 0));
+    const int64_t operands = slots_ + width_;
+    Scratch memory(images * rows *
+                   (x_slots_ + 2 * depth_width_ + operands + 8 + (data_.dv ? operands : 0) +
+                    (data_.sci_dy ? operands : 0)));
     for (int64_t n = 0; n < images; n++) {
       PairImage image{};
       image.x_columns = memory.take(rows * x_slots_);
@@ -42,13 +47,20 @@ class PairsBackward : Pairs {
       image.acc = memory.take(rows * depth_width_);
       image.v_columns = data_.dv ? memory.take(rows * slots_) : image.x_columns;
       image.acc2 = data_.dv ? memory.take(rows * width_) : image.acc;
+      if (data_.sci_dy) {
+        image.sci_dy_columns = memory.take(rows * slots_);
+        image.sci_dy_rows = memory.take(packed_row(rows, width_));
+      }
       take_statistics(image, memory);
       flight_.push_back(image);
     }
-    make_tiles();
+    make_tiles(2 * tiles_of_image());
     for_each_pair([&](const Job& job, const Team& team) {
       for_each_block(job, team, [&](int64_t side, int64_t block) { pack(job, side, block); });
-      for_each_block(job, team, [&](int64_t side, int64_t block) { row_sums(job, side, block); });
+      for_each_block(job, team, [&](int64_t side, int64_t block) {
+        row_sums(job, side, block);
+        if (data_.sci_dy) add_sci_sums(job, side, block);
+      });
       if (!data_.y)
         for_each_tile_pair(team, blocks_, [&](const TilePair& pair, int64_t thread) {
           gather_delta(job, pair, tiles_[thread]);
@@ -62,25 +74,27 @@ class PairsBackward : Pairs {
   }
 
  private:
+  int64_t tiles_of_image() const { return data_.sci_dy ? 5 : 3; }
+
   void pack(const Job& job, int64_t side, int64_t block) {
     const PairImage& packed = *job.side[side];
     const int64_t row = blocks_.first(block), rows = blocks_.rows(block);
     const int64_t depth = shape_.depth, cols = shape_.cols;
     const int64_t first = job.index[side] * blocks_.channels, source = first + row;
-    const void *x = isa_.at(data_.x, source * depth), *dy = isa_.at(data_.dy, source * cols);
+    const void* x = isa_.at(data_.x, source * depth);
     isa_.pack_columns(x, depth, rows, depth, packed.x_columns + row * x_slots_);
     isa_.pack_rows(x, depth, rows, depth, packed.x_rows + packed_row(row, depth_width_));
-    isa_.pack_columns(dy, cols, rows, cols, packed.dy_columns + row * slots_);
-    isa_.pack_rows(dy, cols, rows, cols, packed.dy_rows + packed_row(row, width_));
+    const auto pack_gradient = [&](const void* gradient, float* columns, float* by_rows) {
+      const void* dy = isa_.at(gradient, source * cols);
+      isa_.pack_columns(dy, cols, rows, cols, columns + row * slots_);
+      isa_.pack_rows(dy, cols, rows, cols, by_rows + packed_row(row, width_));
+    };
+    pack_gradient(data_.dy, packed.dy_columns, packed.dy_rows);
+    if (data_.sci_dy) pack_gradient(data_.sci_dy, packed.sci_dy_columns, packed.sci_dy_rows);
     if (data_.dv)
       isa_.pack_columns(isa_.at(data_.v, source * cols), cols, rows, cols,
                         packed.v_columns + row * slots_);
-    for (float* array : {packed.argmax, packed.share, packed.share_rest})
-      std::fill_n(array + row, blocks_.size, 0.0f);
-    std::copy_n(data_.row_argmax + source, rows, packed.argmax + row);
-    reciprocals(data_.row_sum + source, rows, packed.share + row, packed.share_rest + row);
-    isa_.max_logits(packed.x_columns + row * x_slots_, isa_.at(data_.x, first * depth),
-                    packed.argmax + row, rows, depth, scale_, packed.max + row);
+    restore_weights(packed, data_.x, first, block, data_.row_argmax, data_.row_sum);
   }
 
   // Row sums of P dP, as pivot and delta, and of dM P_other:
@@ -120,6 +134,24 @@ class PairsBackward : Pairs {
     std::fill(own.delta + row + rows, own.delta + row + blocks_.size, 0.0f);
   }
 
+  // Adds sci's share of P dP, dY . Y.
+  void add_sci_sums(const Job& job, int64_t side, int64_t block) {
+    const PairImage& own = *job.side[side];
+    const int64_t row = blocks_.first(block), rows = blocks_.rows(block), cols = shape_.cols;
+    const int64_t first = job.index[side] * blocks_.channels;
+    float use[kLargestPairBlock], sum[kLargestPairBlock];
+    for (int64_t r = 0; r < blocks_.size; r++) use[r] = own.share[row + r] > 0.5f ? 1.0f : 0.0f;
+    const float *dy = own.sci_dy_columns + row * slots_, *argmax = own.argmax + row;
+    const void* v = isa_.at(data_.v, first * cols);
+    isa_.pivots(dy, v, argmax, use, rows, cols, sum);
+    for (int64_t r = 0; r < rows; r++) own.pivot[row + r] += sum[r];
+    if (!data_.sci_y) return;
+    isa_.deltas(dy, static_cast<const float*>(v),
+                static_cast<const float*>(data_.sci_y) + (first + row) * cols, nullptr, 0.0f,
+                argmax, use, rows, cols, sum);
+    for (int64_t r = 0; r < rows; r++) own.delta[row + r] += sum[r];
+  }
+
   // sign(M) of both directions where a row's largest weight stands; 0 if that is no more than 1/2.
   void signs_at_largest(const Job& job, int64_t side, int64_t block, float* use,
                         float* other_use) const {
@@ -143,12 +175,19 @@ class PairsBackward : Pairs {
     const PairImage& packed = *job.side[n];
     const int64_t ld = blocks_.size, row = blocks_.first(i), col = blocks_.first(j);
     const int64_t rows = blocks_.rows(i), cols = blocks_.rows(j);
-    const int64_t at = 3 * (job.images - 1) * n;
-    PairSide side{tile.t[at],         tile.t[at + 1],
-                  tile.t[at + 2],     packed.stats(row),
-                  packed.stats(col),  job.eta[n],
-                  packed.delta + row, i == j ? nullptr : packed.delta + col,
-                  packed.deta + row};
+    float* const* t = tile.t + tiles_of_image() * (job.images - 1) * n;
+    float* col_delta = i == j ? nullptr : packed.delta + col;
+    PairSide side{t[0],
+                  t[1],
+                  t[2],
+                  packed.stats(row),
+                  packed.stats(col),
+                  job.eta[n],
+                  packed.delta + row,
+                  col_delta,
+                  packed.deta + row,
+                  data_.sci_dy ? t[3] : nullptr,
+                  data_.sci_dy ? t[4] : nullptr};
     if (n < job.images) {
       for (const int64_t first : {row, col}) {
         prefetch(packed.x_rows + packed_row(first, depth_width_), packed_row(rows, depth_width_));
@@ -160,6 +199,10 @@ class PairsBackward : Pairs {
       };
       product(packed.dy_columns, packed.v_columns, side.e);
       product(packed.v_columns, packed.dy_columns, side.f);
+      if (data_.sci_dy) {
+        product(packed.sci_dy_columns, packed.v_columns, side.sci_e);
+        product(packed.v_columns, packed.sci_dy_columns, side.sci_f);
+      }
     }
     return side;
   }
@@ -183,16 +226,22 @@ class PairsBackward : Pairs {
     const int64_t rows = blocks_.rows(i), cols = blocks_.rows(j);
     const int64_t depth = shape_.depth, k = shape_.cols;
     const auto x_rows = [&](int64_t r) { return packed.x_rows + packed_row(r, depth_width_); };
-    const auto dy_rows = [&](int64_t r) { return packed.dy_rows + packed_row(r, width_); };
+    const auto by_rows = [&](const float* dy, int64_t r) { return dy + packed_row(r, width_); };
     isa_.multiply(side.s, ld, x_rows(col), rows, depth, cols, packed.acc + row * depth_width_,
                   depth_width_, !new_i);
-    isa_.multiply(side.f, ld, dy_rows(col), rows, k, cols, packed.acc2 + row * width_, width_,
-                  !new_i || !data_.dv);
+    isa_.multiply(side.f, ld, by_rows(packed.dy_rows, col), rows, k, cols,
+                  packed.acc2 + row * width_, width_, !new_i || !data_.dv);
+    if (data_.sci_dy)
+      isa_.multiply(side.sci_f, ld, by_rows(packed.sci_dy_rows, col), rows, k, cols,
+                    packed.acc2 + row * width_, width_, true);
     if (i == j) return;
     isa_.multiply_transposed(isa_.across(side.s, side.e, ld), isa_.pack * ld, x_rows(row), cols,
                              depth, rows, packed.acc + col * depth_width_, depth_width_, !new_j);
-    isa_.multiply_transposed(side.e, isa_.pack * ld, dy_rows(row), cols, k, rows,
+    isa_.multiply_transposed(side.e, isa_.pack * ld, by_rows(packed.dy_rows, row), cols, k, rows,
                              packed.acc2 + col * width_, width_, !new_j || !data_.dv);
+    if (data_.sci_dy)
+      isa_.multiply_transposed(side.sci_e, isa_.pack * ld, by_rows(packed.sci_dy_rows, row), cols,
+                               k, rows, packed.acc2 + col * width_, width_, true);
   }
 
   void finish(const Job& job, int64_t side, int64_t block) {
@@ -220,12 +269,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> cci_backward(
     const std::optional<at::Tensor>& v, const at::Tensor& y, const at::Tensor& b,
     const at::Tensor& row_argmax, const at::Tensor& row_sum, double scale) {
   check_pairs("cpu_cci_backward", x, partner, eta, v);
-  const at::IntArrayRef rows = x.sizes().slice(0, 2);
   check_shape("cpu_cci_backward", "dy", dy, v ? v->sizes() : x.sizes());
   check_shape("cpu_cci_backward", "y", y, dy.sizes());
   check_shape("cpu_cci_backward", "b", b, dy.sizes());
-  check_shape("cpu_cci_backward", "row_max", row_argmax, rows);
-  check_shape("cpu_cci_backward", "row_sum", row_sum, rows);
+  check_statistics("cpu_cci_backward", x, row_argmax, row_sum);
   const Kernels& isa = kernels_for(x);
   const at::Tensor our_x = elements(isa, x), our_v = v ? elements(isa, *v) : our_x;
   const at::Tensor our_dy = elements(isa, dy), wide_eta = wide(eta);
@@ -240,6 +287,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> cci_backward(
                                  our_v.const_data_ptr(),
                                  is_coarse(x) ? nullptr : our_y.const_data_ptr(),
                                  is_coarse(x) ? nullptr : our_b.const_data_ptr(),
+                                 nullptr,
+                                 nullptr,
                                  row_argmax.const_data_ptr<float>(),
                                  row_sum.const_data_ptr<float>(),
                                  v ? dv.mutable_data_ptr() : nullptr,
@@ -252,8 +301,52 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> cci_backward(
   return {dx.to(x.scalar_type()), deta, dv.to(x.scalar_type())};
 }
 
+// Of sci and cci together: dy and y are sci's, eta is given, and so is its part in dy.
+std::tuple<at::Tensor, at::Tensor> pair_sweep(const at::Tensor& dy, const at::Tensor& dy_pair,
+                                              const at::Tensor& x, const at::Tensor& partner,
+                                              const at::Tensor& eta, const at::Tensor& v,
+                                              const at::Tensor& y, const at::Tensor& y_pair,
+                                              const at::Tensor& b, const at::Tensor& row_argmax,
+                                              const at::Tensor& row_sum, double scale) {
+  check_pairs("cpu_pair_sweep", x, partner, eta, v);
+  for (const auto& [name, t] :
+       {std::pair{"dy", &dy}, {"dy_pair", &dy_pair}, {"y", &y}, {"y_pair", &y_pair}, {"b", &b}})
+    check_shape("cpu_pair_sweep", name, *t, v.sizes());
+  check_statistics("cpu_pair_sweep", x, row_argmax, row_sum);
+  const Kernels& isa = kernels_for(x);
+  const bool coarse = is_coarse(x);
+  const at::Tensor our_x = elements(isa, x), our_v = elements(isa, v);
+  const at::Tensor our_dy = elements(isa, dy), our_dy_pair = elements(isa, dy_pair);
+  const at::Tensor our_y = elements(isa, y), our_y_pair = elements(isa, y_pair), our_b = wide(b);
+  const at::Tensor our_argmax = row_argmax.contiguous(), our_sum = row_sum.contiguous();
+  const at::Tensor wide_eta = wide(eta);
+  at::Tensor dx = at::empty_like(our_x), dv = at::empty_like(our_v),
+             deta = at::empty_like(wide_eta);
+  const Shape shape{x.size(0), x.size(1), x.size(2), v.size(2)};
+  const PairsBackward::Data data{our_dy_pair.const_data_ptr(),
+                                 our_x.const_data_ptr(),
+                                 our_v.const_data_ptr(),
+                                 coarse ? nullptr : our_y_pair.const_data_ptr(),
+                                 coarse ? nullptr : our_b.const_data_ptr(),
+                                 our_dy.const_data_ptr(),
+                                 coarse ? nullptr : our_y.const_data_ptr(),
+                                 our_argmax.const_data_ptr<float>(),
+                                 our_sum.const_data_ptr<float>(),
+                                 dv.mutable_data_ptr(),
+                                 dx.mutable_data_ptr(),
+                                 deta.mutable_data_ptr<float>()};
+  if (x.size(0) > 0)
+    PairsBackward(isa, shape, static_cast<float>(scale), make_pairs(partner),
+                  wide_eta.const_data_ptr<float>(), data)
+        .run();
+  return {dx.to(x.scalar_type()), dv.to(x.scalar_type())};
+}
+
 }  // namespace
 
-TORCH_LIBRARY_IMPL(cin_fast, CPU, m) { m.impl("cpu_cci_backward", &cci_backward); }
+TORCH_LIBRARY_IMPL(cin_fast, CPU, m) {
+  m.impl("cpu_cci_backward", &cci_backward);
+  m.impl("cpu_pair_sweep", &pair_sweep);
+}
 
 }  // namespace cin_fast

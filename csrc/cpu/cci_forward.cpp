@@ -1,5 +1,5 @@
-// |W_i - eta_i W_partner(i)| v_i on the CPU. The softmax's statistics come first, in a sweep of
-// their own: the absolute value needs final weights.
+// |W_i - eta_i W_partner(i)| v_i on the CPU. The absolute value needs final weights: the softmax's
+// statistics come first, in a sweep of their own, unless sci has left them.
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -17,10 +17,14 @@ namespace {
 class PairsForward : Pairs {
  public:
   struct Data {
-    // x, v, y, b: elements.
+    // x, v, y: elements.
     const void *x, *v;
-    void *y, *b;
+    void* y;
+    // float32 whatever the elements are.
+    float* b;
     float *row_argmax, *row_sum;
+    // Whether row_argmax and row_sum are known already.
+    bool known_weights;
   };
   PairsForward(const Kernels& isa, const Shape& shape, float scale, std::vector<Pair> pairs,
                const float* eta, const Data& data)
@@ -38,14 +42,10 @@ class PairsForward : Pairs {
       take_statistics(image, memory);
       flight_.push_back(image);
     }
-    make_tiles();
+    make_tiles(4);
     for_each_pair([&](const Job& job, const Team& team) {
       for_each_block(job, team, [&](int64_t side, int64_t block) { pack(job, side, block); });
-      for (int64_t side = 0; side < job.images; side++)
-        for_each_tile_pair(team, blocks_, [&](const TilePair& pair, int64_t thread) {
-          statistics(*job.side[side], pair, tiles_[thread]);
-        });
-      for_each_block(job, team, [&](int64_t side, int64_t block) { shares(job, side, block); });
+      if (!data_.known_weights) find_weights(job, team);
       for_each_tile_pair(team, blocks_, [&](const TilePair& pair, int64_t thread) {
         tile_pair(job, pair, tiles_[thread]);
       });
@@ -65,6 +65,16 @@ class PairsForward : Pairs {
     // cci_weights asks for numbers that only the backward pass has.
     std::fill_n(packed.pivot + row, blocks_.size, 0.0f);
     std::fill_n(packed.delta + row, blocks_.size, 0.0f);
+    if (data_.known_weights)
+      restore_weights(packed, data_.x, source - row, block, data_.row_argmax, data_.row_sum);
+  }
+
+  void find_weights(const Job& job, const Team& team) {
+    for (int64_t side = 0; side < job.images; side++)
+      for_each_tile_pair(team, blocks_, [&](const TilePair& pair, int64_t thread) {
+        statistics(*job.side[side], pair, tiles_[thread]);
+      });
+    for_each_block(job, team, [&](int64_t side, int64_t block) { shares(job, side, block); });
   }
 
   void statistics(const PairImage& sums, const TilePair& pair, const Tile& tile) {
@@ -122,13 +132,41 @@ class PairsForward : Pairs {
   void finish(const Job& job, int64_t side, int64_t block) {
     const PairImage& sums = *job.side[side];
     const int64_t row = blocks_.first(block), rows = blocks_.rows(block);
-    const int64_t target = (job.index[side] * blocks_.channels + row) * shape_.cols;
-    for (const auto& [sum, to] : {std::pair{sums.acc, data_.y}, {sums.acc2, data_.b}})
-      isa_.results(sum + row * width_, width_, rows, shape_.cols, nullptr, isa_.at(to, target));
+    const int64_t target = job.index[side] * blocks_.channels + row, cols = shape_.cols;
+    isa_.results(sums.acc + row * width_, width_, rows, cols, nullptr,
+                 isa_.at(data_.y, target * cols));
+    for (int64_t r = 0; r < rows; r++)
+      std::copy_n(sums.acc2 + (row + r) * width_, cols, data_.b + (target + r) * cols);
   }
 
   const Data data_;
 };
+
+// y in x's dtype and b in float32, from row_argmax and row_sum, or with these.
+std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& x, const at::Tensor& partner,
+                                           const at::Tensor& eta,
+                                           const std::optional<at::Tensor>& v, double scale,
+                                           at::Tensor& row_argmax, at::Tensor& row_sum,
+                                           bool known_weights) {
+  const Kernels& isa = kernels_for(x);
+  const at::Tensor our_x = elements(isa, x), our_v = v ? elements(isa, *v) : our_x;
+  const at::Tensor wide_eta = wide(eta);
+  at::Tensor y = at::empty_like(our_v),
+             b = at::empty_like(our_v, our_v.options().dtype(at::kFloat));
+  const Shape shape{x.size(0), x.size(1), x.size(2), our_v.size(2)};
+  const PairsForward::Data data{our_x.const_data_ptr(),
+                                our_v.const_data_ptr(),
+                                y.mutable_data_ptr(),
+                                b.mutable_data_ptr<float>(),
+                                row_argmax.mutable_data_ptr<float>(),
+                                row_sum.mutable_data_ptr<float>(),
+                                known_weights};
+  if (x.size(0) > 0)
+    PairsForward(isa, shape, static_cast<float>(scale), make_pairs(partner),
+                 wide_eta.const_data_ptr<float>(), data)
+        .run();
+  return {y.to(x.scalar_type()), b};
+}
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> cci(const at::Tensor& x,
                                                                const at::Tensor& partner,
@@ -136,28 +174,27 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> cci(const at::Tensor&
                                                                const std::optional<at::Tensor>& v,
                                                                double scale) {
   check_pairs("cpu_cci", x, partner, eta, v);
-  const Kernels& isa = kernels_for(x);
-  const at::Tensor our_x = elements(isa, x), our_v = v ? elements(isa, *v) : our_x;
-  const at::Tensor wide_eta = wide(eta);
-  at::Tensor y = at::empty_like(our_v), b = at::empty_like(our_v);
   at::Tensor row_argmax = at::empty({x.size(0), x.size(1)}, x.options().dtype(at::kFloat));
   at::Tensor row_sum = at::empty_like(row_argmax);
-  const Shape shape{x.size(0), x.size(1), x.size(2), our_v.size(2)};
-  const PairsForward::Data data{our_x.const_data_ptr(),
-                                our_v.const_data_ptr(),
-                                y.mutable_data_ptr(),
-                                b.mutable_data_ptr(),
-                                row_argmax.mutable_data_ptr<float>(),
-                                row_sum.mutable_data_ptr<float>()};
-  if (x.size(0) > 0)
-    PairsForward(isa, shape, static_cast<float>(scale), make_pairs(partner),
-                 wide_eta.const_data_ptr<float>(), data)
-        .run();
-  return {y.to(x.scalar_type()), b.to(x.scalar_type()), row_argmax, row_sum};
+  const auto [y, b] = forward(x, partner, eta, v, scale, row_argmax, row_sum, false);
+  return {y, b.to(x.scalar_type()), row_argmax, row_sum};
+}
+
+std::tuple<at::Tensor, at::Tensor> cci_after_sci(const at::Tensor& x, const at::Tensor& partner,
+                                                 const at::Tensor& eta, const at::Tensor& v,
+                                                 const at::Tensor& row_argmax,
+                                                 const at::Tensor& row_sum, double scale) {
+  check_pairs("cpu_cci_after_sci", x, partner, eta, v);
+  check_statistics("cpu_cci_after_sci", x, row_argmax, row_sum);
+  at::Tensor our_argmax = row_argmax.contiguous(), our_sum = row_sum.contiguous();
+  return forward(x, partner, eta, v, scale, our_argmax, our_sum, true);
 }
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(cin_fast, CPU, m) { m.impl("cpu_cci", &cci); }
+TORCH_LIBRARY_IMPL(cin_fast, CPU, m) {
+  m.impl("cpu_cci", &cci);
+  m.impl("cpu_cci_after_sci", &cci_after_sci);
+}
 
 }  // namespace cin_fast

@@ -32,12 +32,14 @@ struct RowStats {
 };
 
 // One image's part of a tile in cci: its tiles (see cci_gradient), its statistics for the tile's
-// rows and columns, its eta, and what cci_delta adds to.
+// rows and columns, its eta, what cci_delta adds to, and the tiles of sci's gradient where that is
+// taken along, else null.
 struct PairSide {
   float *s, *e, *f;
   RowStats row, col;
   float eta;
   float *row_delta, *col_delta, *row_deta;
+  float *sci_e, *sci_f;
 };
 
 struct Kernels {
@@ -122,7 +124,8 @@ struct Kernels {
   void (*cci_delta)(const PairSide& a, const PairSide& b, int64_t rows, int64_t cols, int64_t ld,
                     float scale);
   // As sci_gradient: of both images, s becomes scale (dS + dS^T), e the weights |M| and f the
-  // mirrored |M|. a and b may be the same image.
+  // mirrored |M|; sci_e and sci_f add to dP and become P and its mirror image. a and b may be the
+  // same image.
   void (*cci_gradient)(const PairSide& a, const PairSide& b, int64_t rows, int64_t cols, int64_t ld,
                        float scale);
   // Products of a (rows, depth), with few rows, and w (outputs, depth), floats at pitch ld:

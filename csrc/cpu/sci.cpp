@@ -358,11 +358,9 @@ std::tuple<at::Tensor, at::Tensor> sci_backward(const at::Tensor& dy, const at::
                                                 const at::Tensor& y, const at::Tensor& row_argmax,
                                                 const at::Tensor& row_sum, double scale) {
   check_features("cpu_sci_backward", x, v);
-  const at::IntArrayRef rows = x.sizes().slice(0, 2);
   check_shape("cpu_sci_backward", "dy", dy, v ? v->sizes() : x.sizes());
   check_shape("cpu_sci_backward", "y", y, dy.sizes());
-  check_shape("cpu_sci_backward", "row_max", row_argmax, rows);
-  check_shape("cpu_sci_backward", "row_sum", row_sum, rows);
+  check_statistics("cpu_sci_backward", x, row_argmax, row_sum);
   const Kernels& isa = kernels_for(x);
   const at::Tensor our_x = elements(isa, x), our_v = v ? elements(isa, *v) : our_x;
   const at::Tensor our_dy = elements(isa, dy), our_y = is_coarse(x) ? y : elements(isa, y);

@@ -52,4 +52,10 @@ inline void check_shape(const char* name, const char* what, const at::Tensor& t,
               t.sizes());
 }
 
+inline void check_statistics(const char* name, const at::Tensor& x, const at::Tensor& row_max,
+                             const at::Tensor& row_sum) {
+  check_shape(name, "row_max", row_max, x.sizes().slice(0, 2));
+  check_shape(name, "row_sum", row_sum, x.sizes().slice(0, 2));
+}
+
 }  // namespace cin_fast

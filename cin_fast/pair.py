@@ -1,0 +1,220 @@
+"""``sci`` and ``cci`` of the same images in one operator: the pair head of a training step.
+
+The composition is the definition, and what runs everywhere but on the CPU. There, ``cci`` takes
+its softmax statistics from ``sci``, and both gradients share one sweep over the tiles: d eta comes
+from what the forward pass kept, so that all of ``sci``'s gradient is known before the sweep.
+
+Shapes as in :mod:`cin_fast.ops`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cin_fast import ops, reference
+
+_SCHEMAS = {
+    # y, y_pair; and for the backward pass eta, cci's partner term b, and sci's row statistics.
+    "pair": (
+        "(Tensor x, Tensor partner, Tensor psi_weight, Tensor psi_bias, Tensor v, int mean,"
+        " float scale) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    ),
+    # Of x, psi_weight, psi_bias and v. Without `sweep`, those of x and v are empty.
+    "pair_backward": (
+        "(Tensor dy, Tensor dy_pair, Tensor x, Tensor partner, Tensor psi_weight, Tensor psi_bias,"
+        " Tensor v, Tensor y, Tensor y_pair, Tensor eta, Tensor b, Tensor row_max, Tensor row_sum,"
+        " int mean, float scale, bool sweep) -> (Tensor, Tensor, Tensor, Tensor)"
+    ),
+    # What the extension computes: cci's forward pass, and the sweep of the backward pass.
+    "cci_after_sci": (
+        "(Tensor x, Tensor partner, Tensor eta, Tensor v, Tensor row_max, Tensor row_sum,"
+        " float scale) -> (Tensor, Tensor)"
+    ),
+    "pair_sweep": (
+        "(Tensor dy, Tensor dy_pair, Tensor x, Tensor partner, Tensor eta, Tensor v, Tensor y,"
+        " Tensor y_pair, Tensor b, Tensor row_max, Tensor row_sum, float scale)"
+        " -> (Tensor, Tensor)"
+    ),
+}
+
+
+def pair_columns(
+    x: Tensor,
+    partner: Tensor,
+    psi_weight: Tensor,
+    psi_bias: Tensor,
+    v: Tensor,
+    *,
+    mean: int,
+    scale: float = -1.0,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``y = sci(x, v)`` and ``y_pair = cci(x, partner, eta, v)`` with eta = psi of y's means.
+
+    eta of image i is ``psi_weight . [mean Y_i, mean Y_partner(i)] + psi_bias``, and column ``mean``
+    of v makes the mean: 4 of :func:`cin_fast.tap_means`.
+
+    Args:
+        x: features, (B, C, L) or (B, C, H, W), as for :func:`cin_fast.sci`.
+        partner: int64 (B,), an involution, as for :func:`cin_fast.cci`.
+        psi_weight: floating point, 2 C numbers in any shape: ``Linear(2C, 1).weight``.
+        psi_bias: one number.
+        v: (B, C, K), of x's dtype.
+        mean: a column of v, 0 to K - 1.
+        scale, backend: as for :func:`cin_fast.sci`.
+
+    Returns:
+        y and y_pair, (B, C, K) of x's dtype. psi is applied in float32 or wider.
+
+    Raises:
+        ValueError: naming the argument and what was found.
+    """
+    ops._check_features(x)
+    ops.check_partner(x, partner)
+    if not isinstance(v, Tensor) or v.dim() != 3:
+        found = tuple(v.shape) if isinstance(v, Tensor) else type(v).__name__
+        raise ValueError(f"v: expected a tensor (B, C, K), found {found}")
+    ops._check_values(x, v)
+    _check_psi("psi_weight", psi_weight, x, 2 * x.shape[1])
+    _check_psi("psi_bias", psi_bias, x, 1)
+    if not 0 <= mean < v.shape[2]:
+        raise ValueError(f"mean: expected a column of v, 0 to {v.shape[2] - 1}, found {mean}")
+    x, cast_v = ops._autocast(x, v)
+    assert cast_v is not None
+    scale = ops._number("scale", scale)
+    inputs = (x, cast_v, psi_weight, psi_bias)
+    if ops._backend(x, backend) == "cpu" and not ops._transformed(*inputs):
+        outputs = torch.ops.cin_fast.cpu_pair(
+            ops._flat(x), partner, psi_weight, psi_bias, cast_v, mean, scale
+        )
+        return outputs[0], outputs[1]
+    y_BCK = ops.sci(x, cast_v, scale=scale, backend=backend)
+    on_device = partner.to(x.device, non_blocking=True)
+    eta_B = reference.eta(y_BCK[..., mean], on_device, psi_weight, psi_bias)
+    return y_BCK, ops.cci(x, partner, eta_B, cast_v, scale=scale, backend=backend)
+
+
+def _check_psi(name: str, t: Tensor, x: Tensor, numbers: int) -> None:
+    if not isinstance(t, Tensor) or not t.is_floating_point():
+        found = t.dtype if isinstance(t, Tensor) else type(t).__name__
+        raise ValueError(f"{name}: expected a floating-point tensor, found {found}")
+    if t.numel() != numbers:
+        raise ValueError(
+            f"{name}: expected {numbers} numbers to go with x, found {tuple(t.shape)}"
+        )
+    if t.device != x.device:
+        raise ValueError(f"{name}: expected x's device {x.device}, found {t.device}")
+
+
+def _forward(
+    x: Tensor,
+    partner: Tensor,
+    psi_weight: Tensor,
+    psi_bias: Tensor,
+    v: Tensor,
+    mean: int,
+    scale: float,
+) -> tuple[Tensor, ...]:
+    y, row_max, row_sum = torch.ops.cin_fast.cpu_sci(x, v, scale)
+    eta = reference.eta(y[..., mean], partner, psi_weight, psi_bias)
+    y_pair, b = torch.ops.cin_fast.cpu_cci_after_sci(x, partner, eta, v, row_max, row_sum, scale)
+    return y, y_pair, eta, b, row_max, row_sum
+
+
+def _backward(
+    dy: Tensor,
+    dy_pair: Tensor,
+    x: Tensor,
+    partner: Tensor,
+    psi_weight: Tensor,
+    psi_bias: Tensor,
+    v: Tensor,
+    y: Tensor,
+    y_pair: Tensor,
+    eta: Tensor,
+    b: Tensor,
+    row_max: Tensor,
+    row_sum: Tensor,
+    mean: int,
+    scale: float,
+    sweep: bool,
+) -> tuple[Tensor, ...]:
+    deta = -(dy_pair.double() * b.double()).sum(dim=(1, 2)).to(eta.dtype)
+    dmean, dweight, dbias = reference.eta_backward(deta, y[..., mean], partner, psi_weight)
+    dpsi = dweight.to(psi_weight.dtype), dbias.reshape(psi_bias.shape).to(psi_bias.dtype)
+    if not sweep:
+        return x.new_empty(0), *dpsi, x.new_empty(0)
+    dy_total = dy.to(eta.dtype, copy=True)
+    dy_total[..., mean] += dmean
+    dx, dv = torch.ops.cin_fast.cpu_pair_sweep(
+        dy_total, dy_pair, x, partner, eta, v, y, y_pair, b, row_max, row_sum, scale
+    )
+    return dx, *dpsi, dv
+
+
+def _forward_fake(
+    x: Tensor,
+    partner: Tensor,
+    psi_weight: Tensor,
+    psi_bias: Tensor,
+    v: Tensor,
+    mean: int,
+    scale: float,
+) -> tuple[Tensor, ...]:
+    def wide(*shape: int) -> Tensor:
+        return x.new_empty(shape, dtype=torch.float32)
+
+    rows = x.shape[:2]
+    y, y_pair = v.new_empty(v.shape), v.new_empty(v.shape)
+    return y, y_pair, wide(x.shape[0]), wide(*v.shape), wide(*rows), wide(*rows)
+
+
+def _backward_fake(
+    dy: Tensor,
+    dy_pair: Tensor,
+    x: Tensor,
+    partner: Tensor,
+    psi_weight: Tensor,
+    psi_bias: Tensor,
+    v: Tensor,
+    *_: Any,
+) -> tuple[Tensor, ...]:
+    sweep = _[-1]
+    dx, dv = (t.new_empty(t.shape if sweep else (0,)) for t in (x, v))
+    dweight, dbias = (t.new_empty(t.shape) for t in (psi_weight, psi_bias))
+    return dx, dweight, dbias, dv
+
+
+def _context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, mean, scale = inputs
+    ctx.mark_non_differentiable(*output[2:])
+    ctx.save_for_backward(*tensors, *output)
+    ctx.mean, ctx.scale = mean, scale
+
+
+def _gradient(ctx: Any, dy: Tensor, dy_pair: Tensor, *_: Any) -> tuple[Any, ...]:
+    needs_x, _, _, _, needs_v, *_ = ctx.needs_input_grad
+    sweep = needs_x or needs_v
+    dx, dweight, dbias, dv = torch.ops.cin_fast.cpu_pair_backward(
+        dy, dy_pair, *ctx.saved_tensors, ctx.mean, ctx.scale, sweep
+    )
+    return dx if sweep else None, None, dweight, dbias, dv if sweep else None, None, None
+
+
+def _register() -> None:
+    for stem, schema in _SCHEMAS.items():
+        torch.library.define(f"cin_fast::cpu_{stem}", schema, tags=(torch.Tag.pt2_compliant_tag,))
+    for stem, function, fake in (
+        ("pair", _forward, _forward_fake),
+        ("pair_backward", _backward, _backward_fake),
+    ):
+        torch.library.impl(f"cin_fast::cpu_{stem}", "CPU", function)
+        torch.library.register_fake(f"cin_fast::cpu_{stem}", fake)
+    torch.library.register_autograd("cin_fast::cpu_pair", _gradient, setup_context=_context)
+    torch.library.register_autograd("cin_fast::cpu_pair_backward", ops._refuse_double_backward)
+
+
+_register()
