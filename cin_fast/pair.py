@@ -102,9 +102,7 @@ def _check_psi(name: str, t: Tensor, x: Tensor, numbers: int) -> None:
         found = t.dtype if isinstance(t, Tensor) else type(t).__name__
         raise ValueError(f"{name}: expected a floating-point tensor, found {found}")
     if t.numel() != numbers:
-        raise ValueError(
-            f"{name}: expected {numbers} numbers to go with x, found {tuple(t.shape)}"
-        )
+        raise ValueError(f"{name}: expected {numbers} numbers to go with x, found {tuple(t.shape)}")
     if t.device != x.device:
         raise ValueError(f"{name}: expected x's device {x.device}, found {t.device}")
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cin_fast import ops, reference
+from cin_fast import ops, pair, reference
 
 INPUT_KINDS = ("randn", "diffuse", "relu")
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -102,6 +102,42 @@ def evaluate_cci(
     else:
         y = ops.cci(x, partner, eta, v, scale=scale, backend=backend)
     return _evaluation(y, dy, leaves)
+
+
+def make_psi(
+    channels: int, bias: float, dtype: torch.dtype = torch.float32, seed: int = 7
+) -> tuple[Tensor, Tensor]:
+    """psi's weight (1, 2 ``channels``) and bias (1,): eta is near ``bias``."""
+    weight = make_input("randn", (1, 2 * channels), torch.float64, seed=seed) / (8 * channels)
+    return weight.to(dtype), torch.full((1,), bias, dtype=dtype)
+
+
+def evaluate_pair(
+    x: Tensor,
+    partner: Tensor,
+    psi_weight: Tensor,
+    psi_bias: Tensor,
+    v: Tensor,
+    dy: Tensor,
+    dy_pair: Tensor,
+    scale: float = -1.0,
+    backend: str | None = None,
+) -> Evaluation:
+    """``pair_columns``, the last column being the mean; ``backend="torch"`` is plain PyTorch."""
+    leaves = _leaves(x=x, psi_weight=psi_weight, psi_bias=psi_bias, v=v)
+    x, psi_weight, psi_bias, v = leaves.values()
+    mean = v.shape[-1] - 1
+    if backend == "torch":
+        y = reference.sci(x, v, scale)
+        eta = reference.eta(y[..., mean], partner, psi_weight, psi_bias)
+        y_pair, _ = reference.cci(x, partner, eta, v, scale)
+    else:
+        y, y_pair = pair.pair_columns(
+            x, partner, psi_weight, psi_bias, v, mean=mean, scale=scale, backend=backend
+        )
+    evaluation = _evaluation(torch.cat([y, y_pair]), torch.cat([dy, dy_pair]), leaves)
+    y, y_pair = evaluation.results.pop("y").chunk(2)
+    return Evaluation({"y": y, "y_pair": y_pair, **evaluation.results})
 
 
 def check_sci(

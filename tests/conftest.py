@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import cpu_isas
 import emulation
 import numpy as np
 import pytest
@@ -37,6 +38,15 @@ def two_threads() -> Iterator[None]:
     torch.set_num_threads(2)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(params=cpu_isas.ISAS)
+def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Every instruction set that this processor runs, forced one after the other."""
+    if not cpu_isas.runs(request.param):
+        pytest.skip(f"this processor has no {request.param}")
+    monkeypatch.setenv("CIN_FAST_CPU_ISA", request.param)
+    return request.param
 
 
 @pytest.fixture(scope="session")

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import pytest
 import torch
+from cpu_isas import ISA_DTYPES, poisoned_memory
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -31,45 +31,6 @@ from cin_fast.testing import (
 pytestmark = pytest.mark.usefixtures("cpu_extension", "two_threads")
 
 INF, NAN = float("inf"), float("nan")
-
-
-def runs(isa: str) -> bool:
-    avx512 = {"avx512f", "avx512dq", "avx512vl", "avx512bw"}
-    needs = {"avx512_bf16": avx512 | {"avx512_bf16"}, "avx512": avx512, "avx2": {"avx2", "fma"}}
-    with contextlib.suppress(OSError), open("/proc/cpuinfo") as info:
-        flags = next((line.split() for line in info if line.startswith("flags")), [])
-        return needs.get(isa, set()) <= set(flags)
-    return isa == "plain"
-
-
-ISAS = ("avx512_bf16", "avx512", "avx2", "plain")
-# Those of avx512_bf16 are for one dtype; others take the kernels of avx512.
-ISA_DTYPES = [
-    (isa, dtype)
-    for isa in ISAS
-    for dtype in KERNEL_DTYPES
-    if isa != "avx512_bf16" or dtype == torch.bfloat16
-]
-
-
-@pytest.fixture(params=ISAS)
-def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Every instruction set that this processor runs, forced one after the other."""
-    if not runs(request.param):
-        pytest.skip(f"this processor has no {request.param}")
-    monkeypatch.setenv("CIN_FAST_CPU_ISA", request.param)
-    return request.param
-
-
-@contextlib.contextmanager
-def poisoned_memory() -> Iterator[None]:
-    """All that torch allocates, outputs and scratch alike, starts as NaN."""
-    torch.use_deterministic_algorithms(True)
-    try:
-        assert torch.empty(1000).isnan().all()
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
 
 
 def draws(shape: tuple[int, ...], k: int | None, kind: str, dtype: torch.dtype) -> tuple:
