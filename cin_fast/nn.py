@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from cin_fast.ops import cci, check_partner, sci, tap_means
+from cin_fast.pair import pair_columns
 from cin_fast.thin import thin_linear
 
 _CENTRE_TAP = 4
@@ -168,7 +169,8 @@ class CCI(nn.Module):
     def pooled_pair(self, x: Tensor, partner: Tensor) -> PooledPair:
         """Spatial means of Z and of Z', where phi is shared with SCI as in the paper.
 
-        Equal to those of :meth:`SCI.pooled` and :meth:`pooled`; phi's weight is read once for both.
+        Equal to those of :meth:`SCI.pooled` and :meth:`pooled`; phi's weight is read once for both,
+        and on the CPU the operators share their sweeps.
 
         Args:
             x: maps (B, C, H, W).
@@ -176,9 +178,12 @@ class CCI(nn.Module):
         """
         _check_map(x, self.phi.in_channels)
         v_BC9 = tap_means(x)
-        y_BC9 = sci(x, v_BC9, scale=self.scale, backend=self.backend)
-        eta_B = self.eta(y_BC9[..., _CENTRE_TAP], partner)
-        y_pair_BC9 = cci(x, partner, eta_B, v_BC9, scale=self.scale, backend=self.backend)
+        y_BC9, y_pair_BC9 = pair_columns(
+            *(x, partner, self.psi.weight, self.psi.bias, v_BC9),
+            mean=_CENTRE_TAP,
+            scale=self.scale,
+            backend=self.backend,
+        )
         conv_2BC = mean_of_conv(self.phi, torch.cat([y_BC9, y_pair_BC9]), self.backend)
         mean_BC, images = v_BC9[..., _CENTRE_TAP], len(x)
         return PooledPair(conv_2BC[:images] + mean_BC, conv_2BC[images:] + mean_BC)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cin_fast import ops, reference
+from cin_fast import dispatch, ops, reference
 
 _SCHEMAS = {
     # y, y_pair; and for the backward pass eta, cci's partner term b, and sci's row statistics.
@@ -86,7 +86,7 @@ def pair_columns(
     assert cast_v is not None
     scale = ops._number("scale", scale)
     inputs = (x, cast_v, psi_weight, psi_bias)
-    if ops._backend(x, backend) == "cpu" and not ops._transformed(*inputs):
+    if ops._backend(x, backend) == "cpu" and not dispatch.transformed(*inputs):
         outputs = torch.ops.cin_fast.cpu_pair(
             ops._flat(x), partner, psi_weight, psi_bias, cast_v, mean, scale
         )
