@@ -93,8 +93,7 @@ template <int kColumns>
 __device__ void store_sums(float* to, const float (&d)[kColumns / 8][4]) {
   const int row = threadIdx.x / 32 * 16 + lane() / 4, column = lane() % 4 * 2;
   for (int n = 0; n < kColumns / 8; ++n)
-    for (int i = 0; i < 4; ++i)
-      to[(row + i / 2 * 8) * kColumns + n * 8 + column + i % 2] = d[n][i];
+    for (int i = 0; i < 4; ++i) to[(row + i / 2 * 8) * kColumns + n * 8 + column + i % 2] = d[n][i];
 }
 
 // What the descriptors say, so that a GPU can be asked which field is wrong.
@@ -102,7 +101,8 @@ struct Fields {
   int swizzle, stride, leading;
 };
 
-// c (64 x kColumns) = a b^T, depth along the rows: 64 of it with a swizzle of 128 bytes, 16 with 32.
+// c (64 x kColumns) = a b^T, depth along the rows: 64 of it with a swizzle of 128 bytes, 16
+// with 32.
 template <class T, int kColumns, int kRowBytes>
 __global__ void wgmma_ss(const T* a, const T* b, float* c, Fields fields) {
 #ifdef CIN_FAST_WGMMA
@@ -164,6 +164,16 @@ __global__ void wgmma_rs(const T* a, const T* b, float* c, Fields fields) {
 #endif
 }
 
+// Two of three warps trade numbers through shared memory; the third never comes.
+__global__ void named_barrier(const float* from, float* to) {
+  SharedMemory shared;
+  float* numbers = shared.take<float>(64);
+  if (threadIdx.x >= 64) return;
+  numbers[threadIdx.x] = from[threadIdx.x];
+  ptx::named_barrier<1, 64>();
+  to[threadIdx.x] = numbers[threadIdx.x ^ 32];
+}
+
 // A box of 8 rows at (column, row, image), unswizzled. One warp group copies and waits until the
 // four warps of the other have read.
 template <class T>
@@ -209,7 +219,7 @@ int run_wgmma(bool from_registers, const void* a, const void* b, float* c, const
   const T *left = static_cast<const T*>(a), *right = static_cast<const T*>(b);
   if constexpr (kColumns == 32 || kColumns == 128)
     return run("wgmma_ss", 128, wgmma_ss<T, kColumns, kRowBytes>, left, right, c, f);
-  else if constexpr (kColumns != 64)
+  else if constexpr (kColumns == 192)
     return run("wgmma_rs", 128, wgmma_rs<T, kColumns, kRowBytes>, left, right, c, f);
   else
     return from_registers
@@ -238,6 +248,8 @@ int run_bulk_copy(const void* from, void* to, const int* numbers) {
   extern "C" int probe_##NAME##_fp16(const void* a, const void* b, float* c, const int* fields) { \
     return run_wgmma<__half, COLUMNS, ROW_BYTES>(REGISTERS, a, b, c, fields);                     \
   }
+PROBE_WGMMA(wgmma_ss_16_128, false, 16, 128)
+PROBE_WGMMA(wgmma_ss_16_32, false, 16, 32)
 PROBE_WGMMA(wgmma_ss_32_128, false, 32, 128)
 PROBE_WGMMA(wgmma_ss_64_128, false, 64, 128)
 PROBE_WGMMA(wgmma_ss_128_128, false, 128, 128)
@@ -273,6 +285,9 @@ extern "C" int probe_ldmatrix_trans(const uint16_t* from, uint32_t* to) {
 }
 extern "C" int probe_cp_async(const float* from, float* to) {
   return run("cp_async", 32, cp_async, from, to);
+}
+extern "C" int probe_named_barrier(const float* from, float* to) {
+  return run("named_barrier", 96, named_barrier, from, to);
 }
 extern "C" int probe_scalars(const float* from, float* powers, uint32_t* rounded) {
   return run("scalars", 32, scalars, from, powers, rounded);

@@ -129,11 +129,35 @@ def test_cci_of_resnet_maps(emulator: Emulator, columns: int | None) -> None:
     check_cci("cuda", x, partner, torch.tensor([0.7, -0.4, 1.0, 0.0]), v, dy)
 
 
-def test_own_partner_with_eta_one_leaves_nothing(emulator: Emulator) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", INPUT_KINDS)
+def test_cci_on_hopper(emulator: Emulator, kind: str, dtype: torch.dtype) -> None:
+    """Warp groups for thin v; odd batches as above."""
+    emulator.choose(HOPPER)
+    for shape in ((1, 1, 1), (11, 17, 5), (3, 65, 33), (0, 8, 9)):
+        x, v, dy = inputs(kind, shape, 9, dtype)
+        check_cci("cuda", x, *make_pairs(shape[0]), v, dy)
+        assert shape[0] == 0 or "cci_wgmma_backward" in emulator.launched
+
+
+@pytest.mark.parametrize("columns", [1, 16])
+def test_cci_on_hopper_goes_round_the_ring(emulator: Emulator, columns: int) -> None:
+    """Partners that are no neighbours, one its own, more tiles of columns than stages hold."""
+    emulator.choose(HOPPER)
+    for shape in ((4, 290, 64), (4, 200, 196)):
+        x, v, dy = inputs("relu", shape, columns, torch.bfloat16)
+        partner = torch.tensor([3, 1, 2, 0])
+        check_cci("cuda", x, partner, torch.tensor([0.7, -0.4, 1.0, 0.0]), v, dy)
+
+
+@pytest.mark.parametrize("chip", [AMPERE, HOPPER])
+def test_own_partner_with_eta_one_leaves_nothing(emulator: Emulator, chip: int) -> None:
     """M = P - P: every sign is 0, and so are value and gradients."""
-    x, _, dy = inputs("randn", (1, 33, 20), None, torch.float32)
-    results = check_cci("cuda", x, torch.zeros(1, dtype=torch.int64), torch.ones(1), None, dy)
-    assert all(not result.any() for result in results.results.values())
+    emulator.choose(chip)
+    for dtype, columns in ((torch.float32, None), (torch.bfloat16, 9)):
+        x, v, dy = inputs("randn", (1, 33, 20), columns, dtype)
+        results = check_cci("cuda", x, torch.zeros(1, dtype=torch.int64), torch.ones(1), v, dy)
+        assert all(not result.any() for result in results.results.values())
 
 
 @pytest.mark.parametrize("columns", [None, 9, 20])
@@ -222,11 +246,14 @@ def test_any_strides(emulator: Emulator) -> None:
         assert torch.equal(ops.sci(same, backend="cuda"), expected)
 
 
+@pytest.mark.parametrize("columns", [None, 9])
 @pytest.mark.parametrize("chip", [AMPERE, HOPPER])
 @pytest.mark.parametrize("order", [1, 2])
-def test_any_order_of_warps_gives_the_same_bits(emulator: Emulator, order: int, chip: int) -> None:
+def test_any_order_of_warps_gives_the_same_bits(
+    emulator: Emulator, order: int, chip: int, columns: int | None
+) -> None:
     emulator.choose(chip)
-    x, v, dy = inputs("randn", (2, 70, 72), None, torch.bfloat16)
+    x, v, dy = inputs("randn", (2, 70, 72), columns, torch.bfloat16)
     pairs = make_pairs(2)
     for check in (check_sci, lambda *a: check_cci(a[0], a[1], *pairs, *a[2:])):
         emulator.order = 0

@@ -54,7 +54,9 @@ def test_rule_without_wgmma(
     monkeypatch.setenv("CIN_FAST_CUDA_PATH", "sm80")
     x = make_input("diffuse", (2, 500, 196), dtype, device)
     v = make_input("randn", (2, 500, columns), dtype, device, 1) if columns else None
-    check_sci("cuda", x, v, make_input("randn", (2, 500, columns or 196), dtype, device, 2))
+    dy = make_input("randn", (2, 500, columns or 196), dtype, device, 2)
+    check_sci("cuda", x, v, dy)
+    check_cci("cuda", x, *make_pairs(2, device), v, dy)
 
 
 def test_same_bits_on_any_stream_and_in_a_graph(device: torch.device) -> None:

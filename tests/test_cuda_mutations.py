@@ -116,129 +116,230 @@ MUTATIONS = (
 )
 
 
-def on_hopper(name: str, file: str, old: str, new: str, symptom: str) -> Mutation:
-    return Mutation(name, file, old, new, symptom, "sci_wgmma.cu", 0)
+def of_warp_groups(
+    name: str, file: str, old: str, new: str, symptom: str, kernels: str = "sci_wgmma.cu"
+) -> Mutation:
+    return Mutation(name, file, old, new, symptom, kernels, 0)
 
 
+def of_a_pair(name: str, file: str, old: str, new: str, symptom: str) -> Mutation:
+    """Of cci, where both images of a pair share a block."""
+    kernels = file if file.startswith("cci") else "cci_wgmma_backward.cu"
+    return of_warp_groups(name, file, old, new, symptom, kernels)
+
+
+BACKWARD = "cci_wgmma_backward.cu"
 HOPPER_MUTATIONS = (
-    on_hopper(
+    of_warp_groups(
         "full stage unawaited",
         "warpgroup.cuh",
         "ptx::mbarrier_wait(full(tile), tile / kStages % 2);",
         "",
         "in flight|never written|has not waited",
     ),
-    on_hopper(
+    of_warp_groups(
         "empty stage unawaited",
         "warpgroup.cuh",
         "ptx::mbarrier_wait(empty(tile), (tile / kStages + 1) % 2);",
         "",
         "in flight|may still be read|more arrivals",
     ),
-    on_hopper(
+    of_warp_groups(
         "parity flipped",
         "warpgroup.cuh",
         "ptx::mbarrier_wait(full(tile), tile / kStages % 2);",
         "ptx::mbarrier_wait(full(tile), (tile / kStages + 1) % 2);",
         "in flight|never written|has not waited",
     ),
-    on_hopper(
+    of_warp_groups(
         "a piece of the bytes unexpected",
         "warpgroup.cuh",
         "ptx::mbarrier_arrive_expect(full(tile), bytes);",
         "ptx::mbarrier_arrive_expect(full(tile), bytes - 16);",
         "deadlock.* at an mbarrier .*bytes of bulk copies",
     ),
-    on_hopper(
+    of_warp_groups(
         "a panel's bytes unexpected",
         "warpgroup.cuh",
         "ptx::mbarrier_arrive_expect(full(tile), bytes);",
         "ptx::mbarrier_arrive_expect(full(tile), bytes - 64 * 32);",
         "in flight|has not waited|deadlock",
     ),
-    on_hopper(
+    of_warp_groups(
         "too few arrivals expected",
         "warpgroup.cuh",
         "kConsumers * kGroupThreads / 32",
         "kConsumers",
         "more arrivals|may still be read|in flight|deadlock",
     ),
-    on_hopper(
+    of_warp_groups(
         "barriers hidden from the copies",
         "warpgroup.cuh",
         "ptx::fence_mbarrier_init();",
         "",
         "no fence_mbarrier_init",
     ),
-    on_hopper(
+    of_warp_groups(
         "barriers used before all know them",
         "warpgroup.cuh",
         "    }\n    __syncthreads();",
         "    }",
         "no barrier between|no mbarrier",
     ),
-    on_hopper(
+    of_warp_groups(
         "wait loosened",
         "sci_wgmma.cu",
         "ptx::wgmma_wait<1>();",
         "ptx::wgmma_wait<2>();",
         "before its wait|error",
     ),
-    on_hopper(
+    of_warp_groups(
         "no fence before wgmma",
         "sci_wgmma.cu",
         "ring.wait(tile);\n    ptx::wgmma_fence();",
         "ring.wait(tile);",
         "wgmma_fence",
     ),
-    on_hopper(
+    of_warp_groups(
         "sums scaled while under way",
         "sci_wgmma.cu",
         "ptx::wgmma_wait<0>();\n    ring.release(tile - 1);\n    softmax.rescale(acc, shrink);",
         "softmax.rescale(acc, shrink);\n    ptx::wgmma_wait<0>();\n    ring.release(tile - 1);",
         "before its wait|error",
     ),
-    on_hopper(
+    of_warp_groups(
         "stage released too early",
         "sci_wgmma.cu",
         "ptx::wgmma_wait<0>();\n    ring.release(tile - 1);",
         "ring.release(tile - 1);\n    ptx::wgmma_wait<0>();",
         "may still be read",
     ),
-    on_hopper(
+    of_warp_groups(
         "swizzle wrong",
         "warpgroup.cuh",
         "row * kPanelRow, ptx::Swizzle::k128Bytes",
         "row * kPanelRow, ptx::Swizzle::k32Bytes",
         "error|never written|in flight",
     ),
-    on_hopper(
+    of_warp_groups(
         "stride wrong",
         "warpgroup.cuh",
         "ptx::Swizzle::k128Bytes, 8 * kPanelRow, 16",
         "ptx::Swizzle::k128Bytes, 4 * kPanelRow, 16",
         "error|never written|in flight",
     ),
-    on_hopper(
+    of_warp_groups(
         "next panel wrong",
         "warpgroup.cuh",
         "8 * kPanelRow, kPanelBytes)",
         "8 * kPanelRow, kPanelBytes / 2)",
         "error|never written|in flight",
     ),
-    on_hopper(
+    of_warp_groups(
         "tile off by a row",
         "warpgroup.cuh",
         "barrier, tile * kWidth, image",
         "barrier, tile * kWidth + 1, image",
         "error",
     ),
-    on_hopper(
+    of_warp_groups(
         "more registers than there are",
         "warpgroup.cuh",
         "kProducerRegisters = 24",
         "kProducerRegisters = 40",
         "65536",
+    ),
+    of_a_pair("trade unawaited", BACKWARD, "  trade.meet();\n", "", "race|never written"),
+    of_a_pair(
+        "trade with oneself",
+        "warpgroup.cuh",
+        "return at(tile, i, thread() ^ kGroupThreads);",
+        "return at(tile, i, thread());",
+        "error",
+    ),
+    of_a_pair(
+        "trade's barrier met by one warp group",
+        BACKWARD,
+        "  trade.meet();\n",
+        "  if (consumer_row() == 0) trade.meet();\n",
+        "race|never written|deadlock",
+    ),
+    of_a_pair(
+        "trade's barrier for one warp group",
+        "warpgroup.cuh",
+        "named_barrier<1, kThreads>",
+        "named_barrier<1, kThreads / 2>",
+        "race|never written",
+    ),
+    of_a_pair(
+        "trade's barrier for too many",
+        "warpgroup.cuh",
+        "named_barrier<1, kThreads>",
+        "named_barrier<1, kThreads + 32>",
+        "deadlock",
+    ),
+    of_a_pair(
+        "one buffer for two trades",
+        "warpgroup.cuh",
+        "buffers[(tile % 2 * kElements + i)",
+        "buffers[(0 * kElements + i)",
+        "race",
+    ),
+    of_a_pair(
+        "wait before the elements loosened",
+        BACKWARD,
+        "ptx::wgmma_wait<0>();\n      contrast_gradient",
+        "ptx::wgmma_wait<1>();\n      contrast_gradient",
+        "before its wait|error|disagree|not finished",
+    ),
+    of_a_pair(
+        "pair's stage released too early",
+        BACKWARD,
+        "ptx::wgmma_wait<0>();\n    ring.release(tile);\n  }\n  if (own",
+        "ring.release(tile);\n    ptx::wgmma_wait<0>();\n  }\n  if (own",
+        "may still be read",
+    ),
+    of_a_pair(
+        "halves of a tile confused",
+        BACKWARD,
+        "start_nn(acc, ds[1], own_x[tile], kHalf - column);",
+        "start_nn(acc, ds[1], own_x[tile], column);",
+        "error",
+    ),
+    of_a_pair(
+        "second image's bytes unexpected",
+        "warpgroup.cuh",
+        "kStageBytes = 2 * Single::kStageBytes;",
+        "kStageBytes = Single::kStageBytes;",
+        "in flight|has not waited|deadlock|more arrivals",
+    ),
+    of_a_pair(
+        "images confused",
+        BACKWARD,
+        "start_nt(dm[1], other_dy.rows",
+        "start_nt(dm[1], own_dy.rows",
+        "error",
+    ),
+    of_a_pair(
+        "weights packed without a fence",
+        "cci_wgmma_forward.cu",
+        "weights, eta);\n    ptx::wgmma_fence();",
+        "weights, eta);",
+        "wgmma_fence",
+    ),
+    of_a_pair(
+        "pair's weights before their wait",
+        "cci_wgmma_forward.cu",
+        "ptx::wgmma_commit();\n    ptx::wgmma_wait<0>();\n#pragma unroll",
+        "ptx::wgmma_commit();\n#pragma unroll",
+        "before its wait|error",
+    ),
+    of_a_pair(
+        "tile awaited by nobody",
+        "cci_wgmma_forward.cu",
+        "for_b[2][kWidth / 16][4];\n    ring.wait(tile);",
+        "for_b[2][kWidth / 16][4];",
+        "in flight|never written|has not waited",
     ),
 )
 
@@ -262,26 +363,30 @@ def test_mutation_is_seen(
     shutil.copytree(emulation_library.parent, objects)
     library = build(csrc, objects, only=mutation.kernels)
 
-    # On Hopper as many tiles of 128 columns as make the ring go round.
-    shape = (1, 390, 72) if mutation in HOPPER_MUTATIONS else (2, 70, 72)
-    x = make_input("diffuse", shape, torch.bfloat16)
-    dy = make_input("randn", shape, torch.bfloat16, seed=1)
+    # On Hopper as many tiles of 128 columns, or 64, as make the ring go round.
+    on_hopper, of_pairs = mutation in HOPPER_MUTATIONS, mutation.kernels.startswith("cci")
+    images = 1 if on_hopper and not of_pairs else 2
+    channels = (200 if of_pairs else 390) if on_hopper else 70
+    x = make_input("diffuse", (images, channels, 72), torch.bfloat16)
+    is_thin = on_hopper and of_pairs
+    v = make_input("randn", (images, channels, 9), torch.bfloat16, seed=2) if is_thin else None
+    dy = make_input("randn", (x if v is None else v).shape, torch.bfloat16, seed=1)
     with (
         registered(library, monkeypatch) as emulator,
         pytest.raises((EmulationError, AssertionError), match=mutation.symptom),
     ):
-        run(emulator, mutation, x, dy)
+        run(emulator, mutation, x, v, dy)
 
 
-def run(emulator: Emulator, mutation: Mutation, x: Tensor, dy: Tensor) -> None:
+def run(emulator: Emulator, mutation: Mutation, x: Tensor, v: Tensor | None, dy: Tensor) -> None:
     if mutation in HOPPER_MUTATIONS:
         emulator.choose(HOPPER)
     else:
         emulator.shared_limit = mutation.shared_limit
     if mutation.kernels.startswith("cci"):
-        check_cci("cuda", x, *make_pairs(len(x)), None, dy)
+        check_cci("cuda", x, *make_pairs(len(x)), v, dy)
     else:
-        check_sci("cuda", x, None, dy)
+        check_sci("cuda", x, v, dy)
     assert emulator.conflicts == 0, f"{emulator.conflicts} bank conflicts"
 
 

@@ -117,6 +117,12 @@ def test_scalars(probe: Probe) -> None:
     assert ((as_float - values).abs() <= values.abs() * 2**-11)[finite].all()
 
 
+def test_named_barrier(probe: Probe) -> None:
+    numbers = torch.randn(64)
+    _, traded = probe("named_barrier", numbers, torch.zeros(64))
+    assert torch.equal(traded, numbers.roll(32))
+
+
 # Numbered as in the descriptor.
 SWIZZLE = {128: 1, 32: 3}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -141,7 +147,7 @@ def multiply(probe: Probe, name: str, a: Tensor, b: Tensor, columns: int, *field
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("row_bytes", SWIZZLE)
-@pytest.mark.parametrize("columns", [32, 64, 128])
+@pytest.mark.parametrize("columns", [16, 32, 64, 128])
 def test_wgmma_along_rows(probe: Probe, columns: int, row_bytes: int, dtype: str) -> None:
     """Both operands in shared memory, the depth along their rows."""
     skip_unless_hopper(probe)

@@ -19,9 +19,10 @@ __device__ __forceinline__ float contrast(float own, float eta, float other) {
 // The images that a block works on together. The second of them has no block of its own; an image
 // that is its own partner is both.
 struct Pair {
-  int64_t first, second;
+  int first, second;
 
-  __device__ Pair(const int64_t* partner, int64_t image) : first(image), second(partner[image]) {}
+  __device__ Pair(const int64_t* partner, int image)
+      : first(image), second(static_cast<int>(partner[image])) {}
 
   __device__ int64_t image(int which) const { return which == 0 ? first : second; }
   __device__ bool is_anothers() const { return second < first; }
@@ -72,6 +73,23 @@ __device__ void load_statistics(RowTerms (&terms)[2], const float* row_max, cons
   }
 }
 
+// What a row needs in the sweep for gradients, and its share of eta's, from the sums of its quad;
+// delta is not yet divided by the row's sum.
+template <class Products, class Number>
+__device__ void store_terms(const BackwardParameters<typename Products::Element>& p, int64_t image,
+                            int row, const RowTerms& statistics, Number delta, Number deta) {
+  if (lane_id() % 4) return;
+  const int rows = p.x.rows;
+  RowTerms& terms = p.terms[image * padded_rows(rows) + row];
+  if (row < rows) {
+    const int64_t i = image * rows + row;
+    terms = row_terms(statistics.x, statistics.y, delta / p.row_sum[i]);
+    p.deta_rows[i] = static_cast<double>(deta);
+  } else {
+    terms = make_float4(0.f, 0.f, 0.f, 0.f);
+  }
+}
+
 // Elements of x x^T to weights; none where a column does not exist.
 template <class Products, int N>
 __device__ void to_weights(float (&s)[N][4], const RowTerms (&terms)[2], float factor,
@@ -115,6 +133,15 @@ struct Exchange {
       other[i / 4][i % 4] = buffer[i * kBlockThreads + (threadIdx.x ^ kGroupThreads)];
   }
 };
+
+// Where is_wgmma() and v is thin.
+template <class T>
+cudaError_t wgmma_forward(const Context& context, const Shape& shape,
+                          const StatisticsParameters<T>& statistics,
+                          const ForwardParameters<T>& parameters);
+template <class T>
+cudaError_t wgmma_backward(const Context& context, const Shape& shape,
+                           const BackwardParameters<T>& parameters);
 
 }  // namespace cci
 }  // namespace cin_fast

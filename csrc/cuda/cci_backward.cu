@@ -39,8 +39,7 @@ __global__ void __launch_bounds__(kBlockThreads)
   Stream<Products, kWidth> stream = group_id() == 0 ? streams[0] : streams[1];
 
   RowTerms terms[2];
-  const float* row_sum = p.row_sum + own * x.rows;
-  load_statistics<Products>(terms, p.row_max + own * x.rows, row_sum, row, x.rows);
+  load_statistics<Products>(terms, p.row_max + own * x.rows, p.row_sum + own * x.rows, row, x.rows);
   typename Products::Wide delta[2] = {}, deta[2] = {};
   for (int column = 0; column < x.rows; column += kWidth) {
     float powers[kAcross][4] = {}, dm[kAcross][4] = {}, weights[kAcross][4], others[kAcross][4];
@@ -83,12 +82,9 @@ __global__ void __launch_bounds__(kBlockThreads)
   for (int half = 0; half < 2; ++half) {
     const auto total_delta = quad_sum(delta[half]);
     const auto total_deta = quad_sum(deta[half]);
-    const int r = row + lane_row() + half * 8;
-    if (lane_id() % 4 || !stores(pair)) continue;
-    p.terms[own * padded_rows(x.rows) + r] =
-        r < x.rows ? row_terms(terms[half].x, terms[half].y, total_delta / row_sum[r])
-                   : make_float4(0.f, 0.f, 0.f, 0.f);
-    if (r < x.rows) p.deta_rows[own * x.rows + r] = static_cast<double>(total_deta);
+    if (stores(pair))
+      store_terms<Products>(p, own, row + lane_row() + half * 8, terms[half], total_delta,
+                            total_deta);
   }
 }
 
@@ -256,6 +252,8 @@ cudaError_t launch_backward(const Context& context, const Shape& shape,
 template <class Products>
 cudaError_t backward(const Context& context, const Shape& shape, bool tied,
                      const BackwardParameters<typename Products::Element>& p) {
+  if constexpr (sizeof(typename Products::Element) == 2)
+    if (!tied && is_wgmma(context, shape, tied)) return wgmma_backward(context, shape, p);
   const int row_blocks = divide_up(shape.channels, kBlockRows);
   CIN_FAST_RETURN_IF_ERROR(launch(context, "cci_terms", cci_terms_kernel<Products>,
                                   dim3(shape.batch * row_blocks), kBlockThreads,

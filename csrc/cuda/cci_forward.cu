@@ -97,10 +97,13 @@ cudaError_t launch_forward(const Context& context, const Shape& shape,
 }
 
 template <class Products>
-cudaError_t forward(const Context& context, const Shape& shape,
+cudaError_t forward(const Context& context, const Shape& shape, bool tied,
                     const StatisticsParameters<typename Products::Element>& statistics,
                     const ForwardParameters<typename Products::Element>& p) {
   using T = typename Products::Element;
+  if constexpr (sizeof(T) == 2)
+    if (!tied && is_wgmma(context, shape, tied))
+      return wgmma_forward(context, shape, statistics, p);
   const int row_blocks = divide_up(shape.channels, kBlockRows);
   CIN_FAST_RETURN_IF_ERROR(launch(
       context, "cci_statistics", cci_statistics_kernel<Products>, dim3(shape.batch * row_blocks),
@@ -130,7 +133,8 @@ cudaError_t cci_forward(const Context& context, Dtype dtype, const Shape& shape,
     CIN_FAST_RETURN_IF_ERROR(aligned_batch(context, a.x, shape, shape.positions, &p.x));
     p.v = p.x;
     if (a.v.data) CIN_FAST_RETURN_IF_ERROR(aligned_batch(context, a.v, shape, p.columns, &p.v));
-    return cci::forward<Products>(context, shape, {p.x, a.row_max, a.row_sum, p.factor}, p);
+    return cci::forward<Products>(context, shape, !a.v.data, {p.x, a.row_max, a.row_sum, p.factor},
+                                  p);
   });
 }
 

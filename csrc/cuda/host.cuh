@@ -76,6 +76,28 @@ cudaError_t aligned_batch(const Context& context, const View& view, const Shape&
                 view.strides[1], view.strides[2], shape.channels, columns, pitch, copy, count);
 }
 
+// Columns of x that fit into shared memory, rows and tiles: 14 x 14 = 196 and 7 x 7 = 49 among
+// them.
+constexpr int kNarrow = 64, kWide = 208;
+
+// Whether 16-bit operands take warp groups, where this was compiled for sm_90a.
+inline bool is_wgmma(const Context& context, const Shape& shape, bool tied) {
+#ifdef CIN_FAST_SM90A
+  return context.capability == 90 && shape.positions <= kWide && (tied || shape.columns <= kThin);
+#else
+  return false;
+#endif
+}
+
+// Calls body<kColumns, kTied>() for the narrowest operands that hold the shape.
+template <class Body>
+cudaError_t with_columns(const Shape& shape, bool tied, const Body& body) {
+  if (shape.positions <= kNarrow)
+    return tied ? body.template operator()<kNarrow, true>()
+                : body.template operator()<kNarrow, false>();
+  return tied ? body.template operator()<kWide, true>() : body.template operator()<kWide, false>();
+}
+
 // scale log_base(e), but not 0: of a sharply negative number times 0 no weight could be made.
 template <class Products>
 float softmax_factor(float scale) {

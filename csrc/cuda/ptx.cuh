@@ -174,6 +174,13 @@ __device__ __forceinline__ void fence_proxy_async() {
   asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory");
 }
 
+// Where kThreads threads, in whole warps, meet: a barrier of the block, 1 to 15, as 0 is
+// __syncthreads's.
+template <int kBarrier, int kThreads>
+__device__ __forceinline__ void named_barrier() {
+  asm volatile("bar.sync %0, %1;\n" ::"n"(kBarrier), "n"(kThreads) : "memory");
+}
+
 // Moves registers from warp groups that need few to those that need many.
 template <int kRegisters>
 __device__ __forceinline__ void setmaxnreg_dec() {
@@ -247,6 +254,7 @@ __device__ void wgmma_rs(float (*d)[4], const uint32_t (&a)[4], uint64_t b);
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                 \
   }
 #define WGMMA(T, TYPE)                          \
+  WGMMA_SS(T, TYPE, 16, 8, 8, 9, 10)            \
   WGMMA_SS(T, TYPE, 32, 16, 16, 17, 18)         \
   WGMMA_SS(T, TYPE, 64, 32, 32, 33, 34)         \
   WGMMA_SS(T, TYPE, 128, 64, 64, 65, 66)        \

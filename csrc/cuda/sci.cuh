@@ -123,8 +123,7 @@ template <class T>
 cudaError_t resident_backward(const Context& context, const Shape& shape, bool tied,
                               const BackwardParameters<T>& parameters);
 
-// The same on sm_90a, where it was compiled for that.
-bool is_wgmma(const Context& context, const Shape& shape, bool tied);
+// Where is_wgmma().
 template <class T>
 cudaError_t wgmma_forward(const Context& context, const Shape& shape, bool tied,
                           const ForwardParameters<T>& parameters);

@@ -209,17 +209,6 @@ __global__ void __launch_bounds__(kGroupThreads)
                          p.columns);
 }
 
-constexpr int kNarrow = 64, kWide = 208;
-
-// Calls body<kColumns, kTied>() for the narrowest operands that hold the shape.
-template <class Body>
-cudaError_t with_columns(const Shape& shape, bool tied, const Body& body) {
-  if (shape.positions <= kNarrow)
-    return tied ? body.template operator()<kNarrow, true>()
-                : body.template operator()<kNarrow, false>();
-  return tied ? body.template operator()<kWide, true>() : body.template operator()<kWide, false>();
-}
-
 dim3 row_block_grid(const Shape& shape) {
   return dim3(shape.batch * divide_up(shape.channels, kBlockRows));
 }

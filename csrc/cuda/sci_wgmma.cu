@@ -8,18 +8,6 @@ namespace cin_fast {
 namespace sci {
 namespace {
 
-struct Maps {
-  TileMaps x, v, dy;
-};
-
-// The image and the first row of a block.
-struct Place {
-  int image, row;
-
-  __device__ explicit Place(int row_blocks)
-      : image(blockIdx.x / row_blocks), row(blockIdx.x % row_blocks * kConsumerRows) {}
-};
-
 template <class T, int kColumns, bool kTied>
 struct ForwardTiles {
   static constexpr int kWidth = 128, kStages = 3, kValues = kTied ? kColumns : kThin;
@@ -36,7 +24,7 @@ __global__ void __launch_bounds__(kPipelineThreads, 1)
   using Products = HalfProducts<T>;
   using Tiles = ForwardTiles<T, kColumns, kTied>;
   constexpr int kWidth = Tiles::kWidth, kStages = Tiles::kStages;
-  const Place block(row_blocks);
+  const Place block(row_blocks, kConsumerRows);
   const int channels = p.x.rows, tiles = divide_up(channels, kWidth);
   SharedMemory shared;
   const typename Tiles::X x(shared, maps.x, block.image);
@@ -103,7 +91,7 @@ __global__ void __launch_bounds__(kPipelineThreads, 1)
 #ifdef CIN_FAST_WGMMA
   using Tiles = TermsTiles<T, kColumns, kTied>;
   constexpr int kWidth = Tiles::kWidth, kStages = Tiles::kStages;
-  const Place block(row_blocks);
+  const Place block(row_blocks, kConsumerRows);
   const int channels = p.x.rows, tiles = divide_up(channels, kWidth);
   SharedMemory shared;
   const typename Tiles::X x(shared, maps.x, block.image);
@@ -149,7 +137,7 @@ __global__ void __launch_bounds__(kPipelineThreads, 1)
   using Products = HalfProducts<T>;
   using Tiles = BackwardTiles<T, kColumns, kTied>;
   constexpr int kWidth = Tiles::kWidth, kHalf = kWidth / 2, kStages = Tiles::kStages;
-  const Place block(row_blocks);
+  const Place block(row_blocks, kConsumerRows);
   const int channels = p.x.rows, tiles = divide_up(channels, kWidth);
   SharedMemory shared;
   const typename Tiles::X x(shared, maps.x, block.image);
@@ -203,35 +191,7 @@ __global__ void __launch_bounds__(kPipelineThreads, 1)
 #endif
 }
 
-constexpr int kNarrow = 64, kWide = 208;
-
-// Calls body<kColumns, kTied>() for the narrowest operands that hold the shape.
-template <class Body>
-cudaError_t with_columns(const Shape& shape, bool tied, const Body& body) {
-  if (shape.positions <= kNarrow)
-    return tied ? body.template operator()<kNarrow, true>()
-                : body.template operator()<kNarrow, false>();
-  return tied ? body.template operator()<kWide, true>() : body.template operator()<kWide, false>();
-}
-
-template <class... Parameters, class P>
-cudaError_t launch_row_blocks(const Context& context, const Shape& shape, const char* name,
-                              void (*kernel)(Parameters...), size_t shared_bytes, const Maps& maps,
-                              const P& p) {
-  const int row_blocks = divide_up(shape.channels, kConsumerRows);
-  return launch(context, name, kernel, dim3(shape.batch * row_blocks), kPipelineThreads,
-                shared_bytes, maps, p, row_blocks);
-}
-
 }  // namespace
-
-bool is_wgmma(const Context& context, const Shape& shape, bool tied) {
-#ifdef CIN_FAST_SM90A
-  return context.capability == 90 && shape.positions <= kWide && (tied || shape.columns <= kThin);
-#else
-  return false;
-#endif
-}
 
 template <class T>
 cudaError_t wgmma_forward(const Context& context, const Shape& shape, bool tied,
@@ -240,7 +200,7 @@ cudaError_t wgmma_forward(const Context& context, const Shape& shape, bool tied,
   CIN_FAST_RETURN_IF_ERROR(encode_tile_maps(&maps.x, p.x, shape.batch));
   CIN_FAST_RETURN_IF_ERROR(encode_tile_maps(&maps.v, p.v, shape.batch));
   return with_columns(shape, tied, [&]<int kColumns, bool kTied>() {
-    return launch_row_blocks(context, shape, "sci_wgmma_forward",
+    return launch_row_blocks(context, shape, kConsumerRows, "sci_wgmma_forward",
                              sci_wgmma_forward_kernel<T, kColumns, kTied>,
                              ForwardTiles<T, kColumns, kTied>::kSharedBytes, maps, p);
   });
@@ -254,10 +214,11 @@ cudaError_t wgmma_backward(const Context& context, const Shape& shape, bool tied
   CIN_FAST_RETURN_IF_ERROR(encode_tile_maps(&maps.v, p.v, shape.batch));
   CIN_FAST_RETURN_IF_ERROR(encode_tile_maps(&maps.dy, p.dy, shape.batch));
   return with_columns(shape, tied, [&]<int kColumns, bool kTied>() {
-    CIN_FAST_RETURN_IF_ERROR(launch_row_blocks(
-        context, shape, "sci_wgmma_terms", sci_wgmma_terms_kernel<T, kColumns, kTied>,
-        TermsTiles<T, kColumns, kTied>::kSharedBytes, maps, terms));
-    return launch_row_blocks(context, shape, "sci_wgmma_backward",
+    CIN_FAST_RETURN_IF_ERROR(launch_row_blocks(context, shape, kConsumerRows, "sci_wgmma_terms",
+                                               sci_wgmma_terms_kernel<T, kColumns, kTied>,
+                                               TermsTiles<T, kColumns, kTied>::kSharedBytes, maps,
+                                               terms));
+    return launch_row_blocks(context, shape, kConsumerRows, "sci_wgmma_backward",
                              sci_wgmma_backward_kernel<T, kColumns, kTied>,
                              BackwardTiles<T, kColumns, kTied>::kSharedBytes, maps, p);
   });

@@ -20,6 +20,14 @@ __device__ __forceinline__ int consumer_row() {
   return (__shfl_sync(~0u, static_cast<int>(threadIdx.x / kGroupThreads), 0) - 1) * kBlockRows;
 }
 
+// The image and the first row of a block.
+struct Place {
+  int image, row;
+
+  __device__ Place(int row_blocks, int rows)
+      : image(blockIdx.x / row_blocks), row(blockIdx.x % row_blocks * rows) {}
+};
+
 // A panel is 64 columns of a tile, in rows of 128 bytes. What is left of 208 columns, and a thin
 // matrix, are 16 columns in rows of 32 bytes.
 constexpr int kPanelColumns = 64, kRestColumns = 16;
@@ -28,6 +36,11 @@ constexpr int kBoxRows = 64;
 
 struct TileMaps {
   ptx::TensorMap panels, rest;
+};
+
+// Of an operator's tensors.
+struct Maps {
+  TileMaps x, v, dy;
 };
 
 template <class T>
@@ -182,6 +195,30 @@ __device__ __forceinline__ const auto& values_of(const X& x, const V& v) {
     return v;
 }
 
+// The same operand of two images.
+template <class Single>
+struct Both {
+  static constexpr int kRowBytes = 2 * Single::kRowBytes, kStageBytes = 2 * Single::kStageBytes;
+  static constexpr int kBytes = 2 * Single::kBytes;
+
+  Single first, second;
+
+  __device__ Both(SharedMemory& shared, const TileMaps& maps, int first_image, int second_image)
+      : first(shared, maps, first_image), second(shared, maps, second_image) {}
+
+  __device__ Single operator[](int which) const { return which == 0 ? first : second; }
+
+  __device__ void load_rows(uint64_t* barrier, int row) const {
+    first.load_rows(barrier, row);
+    second.load_rows(barrier, row);
+  }
+
+  __device__ void load(uint64_t* barrier, int tile) const {
+    first.load(barrier, tile);
+    second.load(barrier, tile);
+  }
+};
+
 // What the block's warp groups tell each other: that its rows have come, and for each of kStages
 // sets of tiles, which pass from the producer to all consumers and back, that it is full or empty.
 template <int kStages>
@@ -220,9 +257,35 @@ struct Ring {
   }
 };
 
+// Through shared memory the two consumers hand each other kElements of every thread: thread t of
+// either gets those of the other's. Two buffers in turn, so that one meeting a tile is enough.
+template <class Element, int kElements>
+struct Trade {
+  static constexpr int kThreads = kConsumers * kGroupThreads;
+  static constexpr int kBytes = 2 * kElements * kThreads * sizeof(Element);
+
+  Element* buffers;
+
+  __device__ explicit Trade(SharedMemory& shared)
+      : buffers(shared.take<Element>(2 * kElements * kThreads)) {}
+
+  __device__ Element& given(int tile, int i) const { return at(tile, i, thread()); }
+  // Behind meet().
+  __device__ const Element& taken(int tile, int i) const {
+    return at(tile, i, thread() ^ kGroupThreads);
+  }
+  __device__ static void meet() { ptx::named_barrier<1, kThreads>(); }
+
+ private:
+  __device__ static int thread() { return threadIdx.x - kGroupThreads; }
+  __device__ Element& at(int tile, int i, int thread) const {
+    return buffers[(tile % 2 * kElements + i) * kThreads + thread];
+  }
+};
+
 template <int kStages, class... Operands>
 constexpr size_t pipeline_bytes() {
-  return shared_bytes({size_t{Operands::kBytes}..., Ring<kStages>::kBarriers * sizeof(uint64_t)});
+  return shared_bytes({Ring<kStages>::kBarriers * sizeof(uint64_t), size_t{Operands::kBytes}...});
 }
 
 // The producer's work: one thread brings the block's rows, from `row` on, then tile after tile.
@@ -237,6 +300,16 @@ __device__ __forceinline__ void produce(const Ring<kStages>& ring, int row, int 
     ring.refill(tile, (Operands::kStageBytes + ...));
     (operands.load(ring.full(tile), tile), ...);
   }
+}
+
+// A block for every `rows` rows of every image.
+template <class... Parameters, class P>
+cudaError_t launch_row_blocks(const Context& context, const Shape& shape, int rows,
+                              const char* name, void (*kernel)(Parameters...), size_t shared_bytes,
+                              const Maps& maps, const P& p) {
+  const int row_blocks = divide_up(shape.channels, rows);
+  return launch(context, name, kernel, dim3(shape.batch * row_blocks), kPipelineThreads,
+                shared_bytes, maps, p, row_blocks);
 }
 
 }  // namespace cin_fast

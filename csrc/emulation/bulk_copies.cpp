@@ -127,16 +127,15 @@ std::string describe(const Mbarrier& barrier) {
   return text;
 }
 
-void share_phases() {
-  Block& block = *machine.block;
+void share_knowledge(const std::vector<Fiber*>& fibers) {
   Knowledge known{};
-  std::vector<uint32_t> phases(block.barriers.size());
-  for (const Fiber* fiber : block.fibers) {
+  std::vector<uint32_t> phases(machine.block->barriers.size());
+  for (const Fiber* fiber : fibers) {
     merge(known, knowledge_of(*fiber));
     for (size_t i = 0; i < fiber->phases.size(); ++i)
       phases[i] = std::max(phases[i], fiber->phases[i]);
   }
-  for (Fiber* fiber : block.fibers) {
+  for (Fiber* fiber : fibers) {
     fiber->known = known;
     fiber->phases = phases;
   }

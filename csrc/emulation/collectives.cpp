@@ -44,24 +44,11 @@ void run_shuffle(Meeting& meeting) {
   }
 }
 
-// What one lane has learnt from mbarriers, all know from now on.
-void share_knowledge(unsigned warp, uint32_t mask) {
-  std::vector<Fiber*>& fibers = machine.block->fibers;
-  Fiber* lanes[32];
-  int count = 0;
+std::vector<Fiber*> lanes(unsigned warp, uint32_t mask) {
+  std::vector<Fiber*> result;
   for (unsigned i = 0; i < 32; ++i)
-    if (mask >> i & 1) lanes[count++] = fibers[warp * 32 + i];
-  Knowledge known{};
-  std::vector<uint32_t> phases(machine.block->barriers.size());
-  for (int i = 0; i < count; ++i) {
-    merge(known, lanes[i]->known);
-    for (size_t b = 0; b < lanes[i]->phases.size(); ++b)
-      phases[b] = std::max(phases[b], lanes[i]->phases[b]);
-  }
-  for (int i = 0; i < count; ++i) {
-    lanes[i]->known = known;
-    lanes[i]->phases = phases;
-  }
+    if (mask >> i & 1) result.push_back(machine.block->fibers[warp * 32 + i]);
+  return result;
 }
 
 void run_collective(Meeting& meeting, Warp& warp) {
@@ -77,7 +64,7 @@ void run_collective(Meeting& meeting, Warp& warp) {
     }
     case Collective::kSyncWarp:
       warp.epoch++;
-      return share_knowledge(machine.current->id / 32, meeting.mask);
+      return share_knowledge(lanes(machine.current->id / 32, meeting.mask));
     case Collective::kWgmma:
     case Collective::kSetmaxnreg:
       return;

@@ -89,7 +89,7 @@ struct Mbarrier {
   Site site;
 };
 
-enum class State { kReady, kAtCollective, kAtBarrier, kAtMbarrier, kDone };
+enum class State { kReady, kAtCollective, kAtBarrier, kAtNamedBarrier, kAtMbarrier, kDone };
 
 struct Fiber {
   void* stack_pointer;
@@ -150,12 +150,20 @@ struct WarpGroup {
   int registers = 0;
 };
 
+// Those who wait at a barrier for part of the block.
+struct NamedBarrier {
+  std::vector<Fiber*> waiting;
+  unsigned threads;
+  Site site;
+};
+
 struct Block {
   std::vector<SharedArray> arrays;
   std::vector<Warp> warps;
   std::vector<WarpGroup> groups;
   std::vector<Fiber*> fibers;
   std::vector<Mbarrier> barriers;
+  std::array<NamedBarrier, 16> named_barriers;
   std::vector<BulkCopy> copies;
   size_t used = 0, limit = 0;
   uint32_t epoch = 0, number = 0;
@@ -215,7 +223,8 @@ const char* name_of(Collective kind);
 
 // bulk_copies.cpp
 std::string describe(const Mbarrier& barrier);
-void share_phases();
+// What one of them knows of others' warps and of phases, all know from now on.
+void share_knowledge(const std::vector<Fiber*>& fibers);
 void check_copies_landed();
 
 // wgmma.cpp

@@ -112,9 +112,10 @@ std::string deadlock(const Block& block) {
     if (fiber->state == State::kDone) continue;
     const bool at_mbarrier = fiber->state == State::kAtMbarrier;
     snprintf(text, sizeof text, "; thread %u waits at %s (%s:%d)", fiber->id,
-             at_mbarrier                         ? "an mbarrier"
-             : fiber->state == State::kAtBarrier ? "a barrier"
-                                                 : "a collective of its warp or warp group",
+             at_mbarrier                              ? "an mbarrier"
+             : fiber->state == State::kAtBarrier      ? "a barrier"
+             : fiber->state == State::kAtNamedBarrier ? "a named barrier"
+                                                      : "a collective of its warp or warp group",
              base_name(fiber->site.file), fiber->site.line);
     message += text;
     if (at_mbarrier) return message + describe(block.barriers[fiber->barrier]);
@@ -209,10 +210,39 @@ void barrier(Site site) {
     block.waiting = 0;
     block.epoch++;
     for (Warp& warp : block.warps) warp.epoch++;
-    share_phases();
+    share_knowledge(block.fibers);
     for (Fiber* other : block.fibers) other->state = State::kReady;
   }
   to_scheduler();
+}
+
+void named_barrier(unsigned number, unsigned threads, Site site) {
+  Block& block = *machine.block;
+  Fiber* fiber = machine.current;
+  if (number < 1 || number > 15 || threads % 32)
+    fail("named barrier at %s:%d: number %u for %u threads", base_name(site.file), site.line,
+         number, threads);
+  NamedBarrier& barrier = block.named_barriers[number];
+  if (!barrier.waiting.empty() && (barrier.threads != threads || !same(barrier.site, site)))
+    fail("divergence: thread %u waits at the named barrier %s:%d, this one at %s:%d",
+         barrier.waiting[0]->id, base_name(barrier.site.file), barrier.site.line,
+         base_name(site.file), site.line);
+  barrier.threads = threads;
+  barrier.site = fiber->site = site;
+  barrier.waiting.push_back(fiber);
+  if (barrier.waiting.size() < threads) {
+    fiber->state = State::kAtNamedBarrier;
+    to_scheduler();
+    return;
+  }
+  std::vector<unsigned> of_warp(block.warps.size());
+  for (const Fiber* other : barrier.waiting)
+    if (++of_warp[other->id / 32] == 32) block.warps[other->id / 32].epoch++;
+  for (unsigned count : of_warp)
+    if (count % 32) fail("named barrier at %s:%d: part of a warp", base_name(site.file), site.line);
+  share_knowledge(barrier.waiting);
+  for (Fiber* other : barrier.waiting) other->state = State::kReady;
+  barrier.waiting.clear();
 }
 
 int set_shared_memory_limit(const void* kernel, int bytes) {

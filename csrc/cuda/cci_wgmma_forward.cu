@@ -1,0 +1,185 @@
+// cci forward on sm_90a: 16-bit operands, at most 208 positions, at most 16 columns of v. A sweep
+// for peaks and sums, then one for the results, in which a block owns 128 rows of both images of a
+// pair. A warp group computes both images' weights for 64 of them, so that nothing is traded.
+#include "cci.cuh"
+#include "warpgroup.cuh"
+
+namespace cin_fast {
+namespace cci {
+namespace {
+
+template <class T, int kColumns>
+struct StatisticsTiles {
+  static constexpr int kWidth = 128, kStages = 3;
+  using X = Operand<T, kConsumerRows, kWidth, kColumns, kStages>;
+  static constexpr size_t kSharedBytes = pipeline_bytes<kStages, X>();
+};
+
+template <class T, int kColumns>
+__global__ void __launch_bounds__(kPipelineThreads, 1)
+    cci_wgmma_statistics_kernel(const __grid_constant__ Maps maps, StatisticsParameters<T> p,
+                                int row_blocks) {
+#ifdef CIN_FAST_WGMMA
+  using Tiles = StatisticsTiles<T, kColumns>;
+  constexpr int kWidth = Tiles::kWidth, kStages = Tiles::kStages;
+  const Place block(row_blocks, kConsumerRows);
+  const int channels = p.x.rows, tiles = divide_up(channels, kWidth);
+  SharedMemory shared;
+  const typename Tiles::X x(shared, maps.x, block.image);
+  const Ring<kStages> ring(shared);
+  if (is_producer()) return produce(ring, block.row, tiles, x);
+
+  ptx::setmaxnreg_inc<kConsumerRegisters>();
+  const int own_row = consumer_row();
+  RunningSoftmax<HalfProducts<T>> softmax(p.factor);
+  ptx::mbarrier_wait(ring.rows_full, 0);
+  for (int tile = 0; tile < tiles; ++tile) {
+    float s[kWidth / 8][4], shrink[2];
+    ring.wait(tile);
+    ptx::wgmma_fence();
+    start_nt(s, x.rows, own_row, x[tile]);
+    ptx::wgmma_commit();
+    ptx::wgmma_wait<0>();
+    ring.release(tile);
+    softmax.weigh(s, shrink, channels - tile * kWidth);
+  }
+  softmax.finish();
+  const int64_t first = static_cast<int64_t>(block.image) * channels;
+  softmax.store(p.row_max + first, p.row_sum + first, block.row + own_row, channels);
+#endif
+}
+
+template <class T, int kColumns>
+struct ForwardTiles {
+  static constexpr int kWidth = 64, kStages = 2;
+  using X = Both<Operand<T, kConsumerRows, kWidth, kColumns, kStages>>;
+  using V = Both<Operand<T, 0, kWidth, kThin, kStages>>;
+  static constexpr size_t kSharedBytes = pipeline_bytes<kStages, X, V>();
+};
+
+// From both images' weights what each image's y and b sum up: |M|, and the partner's with M's sign.
+template <class T, int N>
+__device__ __forceinline__ void pack_contrasts(uint32_t (&magnitudes)[2][N / 2][4],
+                                               uint32_t (&signed_others)[2][N / 2][4],
+                                               const float (&weights)[2][N][4],
+                                               const float (&eta)[2]) {
+#pragma unroll
+  for (int n = 0; n < N; ++n) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        float magnitude[2], signed_other[2];
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const float other = weights[1 - i][n][2 * half + e];
+          const float m = contrast(weights[i][n][2 * half + e], eta[i], other);
+          magnitude[e] = fabsf(m);
+          signed_other[e] = sign(m) * other;
+        }
+        magnitudes[i][n / 2][n % 2 * 2 + half] = HalfProducts<T>::pair(magnitude[0], magnitude[1]);
+        signed_others[i][n / 2][n % 2 * 2 + half] =
+            HalfProducts<T>::pair(signed_other[0], signed_other[1]);
+      }
+    }
+  }
+}
+
+template <class T, int kColumns>
+__global__ void __launch_bounds__(kPipelineThreads, 1)
+    cci_wgmma_forward_kernel(const __grid_constant__ Maps maps, ForwardParameters<T> p,
+                             int row_blocks) {
+#ifdef CIN_FAST_WGMMA
+  using Products = HalfProducts<T>;
+  using Tiles = ForwardTiles<T, kColumns>;
+  constexpr int kWidth = Tiles::kWidth, kStages = Tiles::kStages;
+  const Place block(row_blocks, kConsumerRows);
+  const Pair pair(p.partner, block.image);
+  if (pair.is_anothers()) return;
+  const int channels = p.x.rows, tiles = divide_up(channels, kWidth);
+  SharedMemory shared;
+  const typename Tiles::X x(shared, maps.x, pair.first, pair.second);
+  const typename Tiles::V v(shared, maps.v, pair.first, pair.second);
+  const Ring<kStages> ring(shared);
+  if (is_producer()) return produce(ring, block.row, tiles, x, v);
+
+  ptx::setmaxnreg_inc<kConsumerRegisters>();
+  const int own_row = consumer_row(), row = block.row + own_row;
+  const float eta[2] = {p.eta[pair.first], p.eta[pair.second]};
+  RowTerms terms[2][2];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int64_t first = pair.image(i) * channels;
+    load_statistics<Products>(terms[i], p.row_max + first, p.row_sum + first, row, channels);
+  }
+  float y[2][kThin / 8][4] = {}, b[2][kThin / 8][4] = {};
+  ptx::mbarrier_wait(ring.rows_full, 0);
+  for (int tile = 0; tile < tiles; ++tile) {
+    float weights[2][kWidth / 8][4];
+    uint32_t for_y[2][kWidth / 16][4], for_b[2][kWidth / 16][4];
+    ring.wait(tile);
+    ptx::wgmma_fence();
+#pragma unroll
+    for (int i = 0; i < 2; ++i) start_nt(weights[i], x[i].rows, own_row, x[i][tile]);
+    ptx::wgmma_commit();
+    ptx::wgmma_wait<0>();
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+      to_weights<Products>(weights[i], terms[i], p.factor, channels - tile * kWidth);
+    pack_contrasts<T>(for_y, for_b, weights, eta);
+    ptx::wgmma_fence();
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      start_nn(y[i], for_y[i], v[i][tile]);
+      start_nn(b[i], for_b[i], v[i][tile]);
+    }
+    ptx::wgmma_commit();
+    ptx::wgmma_wait<0>();
+    ring.release(tile);
+  }
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    if (i == 1 && pair.is_single()) break;
+    const int64_t first = pair.image(i) * channels * p.columns;
+    store_tile<Products>(p.y + first, y[i], 1.f, 1.f, row, channels, 0, p.columns);
+    store_tile<Products>(p.b + first, b[i], 1.f, 1.f, row, channels, 0, p.columns);
+  }
+#endif
+}
+
+template <class T, int kColumns>
+cudaError_t launch_forward(const Context& context, const Shape& shape, const Maps& maps,
+                           const StatisticsParameters<T>& statistics,
+                           const ForwardParameters<T>& p) {
+  CIN_FAST_RETURN_IF_ERROR(launch_row_blocks(context, shape, kConsumerRows, "cci_wgmma_statistics",
+                                             cci_wgmma_statistics_kernel<T, kColumns>,
+                                             StatisticsTiles<T, kColumns>::kSharedBytes, maps,
+                                             statistics));
+  return launch_row_blocks(context, shape, kConsumerRows, "cci_wgmma_forward",
+                           cci_wgmma_forward_kernel<T, kColumns>,
+                           ForwardTiles<T, kColumns>::kSharedBytes, maps, p);
+}
+
+}  // namespace
+
+template <class T>
+cudaError_t wgmma_forward(const Context& context, const Shape& shape,
+                          const StatisticsParameters<T>& statistics,
+                          const ForwardParameters<T>& p) {
+  Maps maps{};
+  CIN_FAST_RETURN_IF_ERROR(encode_tile_maps(&maps.x, p.x, shape.batch));
+  CIN_FAST_RETURN_IF_ERROR(encode_tile_maps(&maps.v, p.v, shape.batch));
+  return shape.positions <= kNarrow
+             ? launch_forward<T, kNarrow>(context, shape, maps, statistics, p)
+             : launch_forward<T, kWide>(context, shape, maps, statistics, p);
+}
+
+template cudaError_t wgmma_forward(const Context&, const Shape&,
+                                   const StatisticsParameters<__nv_bfloat16>&,
+                                   const ForwardParameters<__nv_bfloat16>&);
+template cudaError_t wgmma_forward(const Context&, const Shape&,
+                                   const StatisticsParameters<__half>&,
+                                   const ForwardParameters<__half>&);
+
+}  // namespace cci
+}  // namespace cin_fast
