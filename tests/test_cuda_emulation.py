@@ -129,19 +129,23 @@ def test_cci_of_resnet_maps(emulator: Emulator, columns: int | None) -> None:
     check_cci("cuda", x, partner, torch.tensor([0.7, -0.4, 1.0, 0.0]), v, dy)
 
 
+@pytest.mark.parametrize("columns", [None, 9])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", INPUT_KINDS)
-def test_cci_on_hopper(emulator: Emulator, kind: str, dtype: torch.dtype) -> None:
-    """Warp groups for thin v; odd batches as above."""
+def test_cci_on_hopper(
+    emulator: Emulator, kind: str, dtype: torch.dtype, columns: int | None
+) -> None:
+    """Warp groups forward and, for thin v, backward; odd batches as above."""
     emulator.choose(HOPPER)
     for shape in ((1, 1, 1), (11, 17, 5), (3, 65, 33), (0, 8, 9)):
-        x, v, dy = inputs(kind, shape, 9, dtype)
+        x, v, dy = inputs(kind, shape, columns, dtype)
         check_cci("cuda", x, *make_pairs(shape[0]), v, dy)
-        assert shape[0] == 0 or "cci_wgmma_backward" in emulator.launched
+        last = "cci_wgmma_backward" if columns else "cci_backward"
+        assert shape[0] == 0 or last in emulator.launched
 
 
-@pytest.mark.parametrize("columns", [1, 16])
-def test_cci_on_hopper_goes_round_the_ring(emulator: Emulator, columns: int) -> None:
+@pytest.mark.parametrize("columns", [None, 1, 16])
+def test_cci_on_hopper_goes_round_the_ring(emulator: Emulator, columns: int | None) -> None:
     """Partners that are no neighbours, one its own, more tiles of columns than stages hold."""
     emulator.choose(HOPPER)
     for shape in ((4, 290, 64), (4, 200, 196)):

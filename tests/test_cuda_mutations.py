@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -30,6 +30,8 @@ class Mutation:
     kernels: str = "sci.cu"
     # So little shared memory that operands stream, or enough for them to stay.
     shared_limit: int = 72 * 1024
+    # With v of 9 columns, or v = x.
+    is_thin: bool = False
 
 
 WAIT = "ptx::cp_async_wait<1>();"
@@ -116,19 +118,23 @@ MUTATIONS = (
 )
 
 
+BACKWARD, FORWARD = "cci_wgmma_backward.cu", "cci_wgmma_forward.cu"
+
+
 def of_warp_groups(
     name: str, file: str, old: str, new: str, symptom: str, kernels: str = "sci_wgmma.cu"
 ) -> Mutation:
     return Mutation(name, file, old, new, symptom, kernels, 0)
 
 
-def of_a_pair(name: str, file: str, old: str, new: str, symptom: str) -> Mutation:
+def of_a_pair(
+    name: str, file: str, old: str, new: str, symptom: str, is_thin: bool = True
+) -> Mutation:
     """Of cci, where both images of a pair share a block."""
-    kernels = file if file.startswith("cci") else "cci_wgmma_backward.cu"
-    return of_warp_groups(name, file, old, new, symptom, kernels)
+    kernels = file if file.startswith("cci") else BACKWARD
+    return replace(of_warp_groups(name, file, old, new, symptom, kernels), is_thin=is_thin)
 
 
-BACKWARD = "cci_wgmma_backward.cu"
 HOPPER_MUTATIONS = (
     of_warp_groups(
         "full stage unawaited",
@@ -322,24 +328,48 @@ HOPPER_MUTATIONS = (
     ),
     of_a_pair(
         "weights packed without a fence",
-        "cci_wgmma_forward.cu",
+        FORWARD,
         "weights, eta);\n    ptx::wgmma_fence();",
         "weights, eta);",
         "wgmma_fence",
     ),
     of_a_pair(
         "pair's weights before their wait",
-        "cci_wgmma_forward.cu",
+        FORWARD,
         "ptx::wgmma_commit();\n    ptx::wgmma_wait<0>();\n#pragma unroll",
         "ptx::wgmma_commit();\n#pragma unroll",
         "before its wait|error",
     ),
     of_a_pair(
         "tile awaited by nobody",
-        "cci_wgmma_forward.cu",
+        FORWARD,
         "for_b[2][kWidth / 16][4];\n    ring.wait(tile);",
         "for_b[2][kWidth / 16][4];",
         "in flight|never written|has not waited",
+    ),
+    of_a_pair(
+        "weights' trade unawaited",
+        FORWARD,
+        "  trade.meet();\n",
+        "",
+        "race|never written",
+        is_thin=False,
+    ),
+    of_a_pair(
+        "values of the partner",
+        FORWARD,
+        "start_nn(acc, weights, x.first[tile - 1]);",
+        "start_nn(acc, weights, x.second[tile - 1]);",
+        "error",
+        is_thin=False,
+    ),
+    of_a_pair(
+        "weights' tile released before its products end",
+        FORWARD,
+        "ptx::wgmma_wait<0>();\n    ring.release(tile - 1);",
+        "ring.release(tile - 1);\n    ptx::wgmma_wait<0>();",
+        "may still be read",
+        is_thin=False,
     ),
 )
 
@@ -368,8 +398,8 @@ def test_mutation_is_seen(
     images = 1 if on_hopper and not of_pairs else 2
     channels = (200 if of_pairs else 390) if on_hopper else 70
     x = make_input("diffuse", (images, channels, 72), torch.bfloat16)
-    is_thin = on_hopper and of_pairs
-    v = make_input("randn", (images, channels, 9), torch.bfloat16, seed=2) if is_thin else None
+    thin = make_input("randn", (images, channels, 9), torch.bfloat16, seed=2)
+    v = thin if mutation.is_thin else None
     dy = make_input("randn", (x if v is None else v).shape, torch.bfloat16, seed=1)
     with (
         registered(library, monkeypatch) as emulator,

@@ -134,9 +134,9 @@ struct Exchange {
   }
 };
 
-// Where is_wgmma() and v is thin.
+// Where is_wgmma(); the backward pass, where v is thin as well.
 template <class T>
-cudaError_t wgmma_forward(const Context& context, const Shape& shape,
+cudaError_t wgmma_forward(const Context& context, const Shape& shape, bool tied,
                           const StatisticsParameters<T>& statistics,
                           const ForwardParameters<T>& parameters);
 template <class T>

@@ -102,8 +102,7 @@ cudaError_t forward(const Context& context, const Shape& shape, bool tied,
                     const ForwardParameters<typename Products::Element>& p) {
   using T = typename Products::Element;
   if constexpr (sizeof(T) == 2)
-    if (!tied && is_wgmma(context, shape, tied))
-      return wgmma_forward(context, shape, statistics, p);
+    if (is_wgmma(context, shape, tied)) return wgmma_forward(context, shape, tied, statistics, p);
   const int row_blocks = divide_up(shape.channels, kBlockRows);
   CIN_FAST_RETURN_IF_ERROR(launch(
       context, "cci_statistics", cci_statistics_kernel<Products>, dim3(shape.batch * row_blocks),

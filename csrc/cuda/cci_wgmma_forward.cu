@@ -1,6 +1,8 @@
-// cci forward on sm_90a: 16-bit operands, at most 208 positions, at most 16 columns of v. A sweep
-// for peaks and sums, then one for the results, in which a block owns 128 rows of both images of a
-// pair. A warp group computes both images' weights for 64 of them, so that nothing is traded.
+// cci forward on sm_90a: 16-bit operands, at most 208 positions, v = x or at most 16 columns of v.
+// A sweep for peaks and sums, then one for the results. Where v is thin, a block owns 128 rows of
+// both images of a pair: a warp group computes both images' weights for 64 of them, and nothing is
+// traded. Where v = x, a block owns 64 rows of one image: one warp group collects y, the other b,
+// each from its own image's weights and those that the other trades for them.
 #include "cci.cuh"
 #include "warpgroup.cuh"
 
@@ -148,36 +150,122 @@ __global__ void __launch_bounds__(kPipelineThreads, 1)
 }
 
 template <class T, int kColumns>
-cudaError_t launch_forward(const Context& context, const Shape& shape, const Maps& maps,
-                           const StatisticsParameters<T>& statistics,
-                           const ForwardParameters<T>& p) {
-  CIN_FAST_RETURN_IF_ERROR(launch_row_blocks(context, shape, kConsumerRows, "cci_wgmma_statistics",
-                                             cci_wgmma_statistics_kernel<T, kColumns>,
-                                             StatisticsTiles<T, kColumns>::kSharedBytes, maps,
-                                             statistics));
-  return launch_row_blocks(context, shape, kConsumerRows, "cci_wgmma_forward",
-                           cci_wgmma_forward_kernel<T, kColumns>,
-                           ForwardTiles<T, kColumns>::kSharedBytes, maps, p);
+struct TiedTiles {
+  static constexpr int kWidth = 64, kStages = 2;
+  using X = Both<Operand<T, kBlockRows, kWidth, kColumns, kStages>>;
+  using Weights = Trade<float, kWidth / 2>;
+  static constexpr size_t kSharedBytes = pipeline_bytes<kStages, X, Weights>();
+};
+
+// From a tile of one's own image's weights, and of those that the other warp group has: |M| for y,
+// and the partner's weights with M's sign for b.
+template <int kElements, int N>
+__device__ __forceinline__ void trade_contrasts(float (&weights)[N][4],
+                                                const Trade<float, kElements>& trade, int tile,
+                                                float eta, bool for_y) {
+  static_assert(kElements == 4 * N, "one tile");
+#pragma unroll
+  for (int i = 0; i < kElements; ++i) trade.given(tile, i) = weights[i / 4][i % 4];
+  trade.meet();
+#pragma unroll
+  for (int i = 0; i < kElements; ++i) {
+    float& mine = weights[i / 4][i % 4];
+    const float theirs = trade.taken(tile, i);
+    mine = for_y ? fabsf(contrast(mine, eta, theirs)) : sign(contrast(theirs, eta, mine)) * mine;
+  }
+}
+
+template <class T, int kColumns>
+__global__ void __launch_bounds__(kPipelineThreads, 1)
+    cci_wgmma_tied_forward_kernel(const __grid_constant__ Maps maps, ForwardParameters<T> p,
+                                  int row_blocks) {
+#ifdef CIN_FAST_WGMMA
+  using Products = HalfProducts<T>;
+  using Tiles = TiedTiles<T, kColumns>;
+  constexpr int kWidth = Tiles::kWidth, kStages = Tiles::kStages;
+  const Place block(row_blocks, kBlockRows);
+  const Pair pair(p.partner, block.image);
+  const int channels = p.x.rows, tiles = divide_up(channels, kWidth);
+  SharedMemory shared;
+  const typename Tiles::X x(shared, maps.x, pair.first, pair.second);
+  const typename Tiles::Weights trade(shared);
+  const Ring<kStages> ring(shared);
+  if (is_producer()) return produce(ring, block.row, tiles, x);
+
+  ptx::setmaxnreg_inc<kConsumerRegisters>();
+  const int own = consumer_row() / kBlockRows;
+  const auto own_x = x[own];
+  const float eta = p.eta[pair.first];
+  RowTerms terms[2];
+  const int64_t first = pair.image(own) * channels;
+  load_statistics<Products>(terms, p.row_max + first, p.row_sum + first, block.row, channels);
+  float acc[kColumns / 8][4] = {};
+  float s[kWidth / 8][4];
+  uint32_t weights[kWidth / 16][4];
+  const auto weigh = [&](int tile) {
+    to_weights<Products>(s, terms, p.factor, channels - tile * kWidth);
+    trade_contrasts(s, trade, tile, eta, own == 0);
+  };
+  ptx::mbarrier_wait(ring.rows_full, 0);
+  ring.wait(0);
+  ptx::wgmma_fence();
+  start_nt(s, own_x.rows, 0, own_x[0]);
+  ptx::wgmma_commit();
+  ptx::wgmma_wait<0>();
+  weigh(0);
+  pack<T>(weights, s);
+  // While a tile's weights are computed, those of the tile before are multiplied.
+  for (int tile = 1; tile < tiles; ++tile) {
+    ring.wait(tile);
+    ptx::wgmma_fence();
+    start_nt(s, own_x.rows, 0, own_x[tile]);
+    ptx::wgmma_commit();
+    start_nn(acc, weights, x.first[tile - 1]);
+    ptx::wgmma_commit();
+    ptx::wgmma_wait<1>();
+    weigh(tile);
+    ptx::wgmma_wait<0>();
+    ring.release(tile - 1);
+    pack<T>(weights, s);
+  }
+  ptx::wgmma_fence();
+  start_nn(acc, weights, x.first[tiles - 1]);
+  ptx::wgmma_commit();
+  ptx::wgmma_wait<0>();
+  T* to = (own == 0 ? p.y : p.b) + static_cast<int64_t>(block.image) * channels * p.columns;
+  store_tile<Products>(to, acc, 1.f, 1.f, block.row, channels, 0, p.columns);
+#endif
 }
 
 }  // namespace
 
 template <class T>
-cudaError_t wgmma_forward(const Context& context, const Shape& shape,
+cudaError_t wgmma_forward(const Context& context, const Shape& shape, bool tied,
                           const StatisticsParameters<T>& statistics,
                           const ForwardParameters<T>& p) {
   Maps maps{};
   CIN_FAST_RETURN_IF_ERROR(encode_tile_maps(&maps.x, p.x, shape.batch));
   CIN_FAST_RETURN_IF_ERROR(encode_tile_maps(&maps.v, p.v, shape.batch));
-  return shape.positions <= kNarrow
-             ? launch_forward<T, kNarrow>(context, shape, maps, statistics, p)
-             : launch_forward<T, kWide>(context, shape, maps, statistics, p);
+  return with_columns(shape, tied, [&]<int kColumns, bool kTied>() {
+    CIN_FAST_RETURN_IF_ERROR(
+        launch_row_blocks(context, shape, kConsumerRows, "cci_wgmma_statistics",
+                          cci_wgmma_statistics_kernel<T, kColumns>,
+                          StatisticsTiles<T, kColumns>::kSharedBytes, maps, statistics));
+    if constexpr (kTied)
+      return launch_row_blocks(context, shape, kBlockRows, "cci_wgmma_tied_forward",
+                               cci_wgmma_tied_forward_kernel<T, kColumns>,
+                               TiedTiles<T, kColumns>::kSharedBytes, maps, p);
+    else
+      return launch_row_blocks(context, shape, kConsumerRows, "cci_wgmma_forward",
+                               cci_wgmma_forward_kernel<T, kColumns>,
+                               ForwardTiles<T, kColumns>::kSharedBytes, maps, p);
+  });
 }
 
-template cudaError_t wgmma_forward(const Context&, const Shape&,
+template cudaError_t wgmma_forward(const Context&, const Shape&, bool,
                                    const StatisticsParameters<__nv_bfloat16>&,
                                    const ForwardParameters<__nv_bfloat16>&);
-template cudaError_t wgmma_forward(const Context&, const Shape&,
+template cudaError_t wgmma_forward(const Context&, const Shape&, bool,
                                    const StatisticsParameters<__half>&,
                                    const ForwardParameters<__half>&);
 
