@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter, NullLocator
+from matplotlib.ticker import LogLocator, NullLocator
 from results_file import OURS, Result, Run
 
 _COLOURS = {
@@ -41,10 +42,18 @@ def draw_times(run: Run, path: Path) -> None:
         axis.set_xticks(sorted({_point(result)[0] for result in points}))
         axis.xaxis.set_major_formatter("{x:.0f}")
         axis.xaxis.set_minor_locator(NullLocator())
+        _plain(axis.yaxis)
         axis.grid(alpha=0.3)
     figure.suptitle(f"dense sci, forward, float32: {run.machine['device']}")
     figure.legend(handles.values(), handles.keys(), loc="outside right center", frameon=False)
     figure.savefig(path, dpi=100)
+
+
+def _plain(axis: Axis) -> None:
+    """Numbers as one says them: 1, 2, 5, 10."""
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_locator(NullLocator())
 
 
 def _xlabel(letter: str, points: Sequence[Result]) -> str:
@@ -63,7 +72,8 @@ def draw_roofline(run: Run, path: Path) -> None:
     ceiling = run.ceilings["float32"]
     results = [r for r in run.results if r.subject == "sci" and r.group.endswith("float32 forward")]
     found = [r.flops / r.bytes for r in results]
-    intensities = [min(found) / 2, ceiling["flops"] / ceiling["bytes"], max(found) * 2]
+    ridge = ceiling["flops"] / ceiling["bytes"]
+    intensities = [min(*found, ridge) / 2, ridge, max(*found, ridge) * 2]
     roof = [min(ceiling["flops"], x * ceiling["bytes"]) / 1e9 for x in sorted(intensities)]
     axis.plot(sorted(intensities), roof, color="black", label="ceilings of this run")
     for rival in dict.fromkeys(result.rival for result in results):
@@ -72,10 +82,9 @@ def draw_roofline(run: Run, path: Path) -> None:
         ]
         axis.scatter(*zip(*points, strict=True), label=rival, s=24, color=_COLOURS.get(rival))
     axis.set(xscale="log", yscale="log", xlabel="useful operations a byte", ylabel="GFLOP/s")
-    axis.xaxis.set_major_formatter("{x:.0f}")
-    axis.yaxis.set_major_formatter("{x:.0f}")
-    axis.xaxis.set_minor_formatter(NullFormatter())
+    for part in (axis.xaxis, axis.yaxis):
+        _plain(part)
     axis.set_title(f"dense sci, forward, float32: {run.machine['device']}", fontsize=10)
-    axis.grid(alpha=0.3, which="both")
+    axis.grid(alpha=0.3)
     figure.legend(loc="outside right center", frameon=False)
     figure.savefig(path, dpi=100)

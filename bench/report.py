@@ -53,31 +53,26 @@ class Line:
     ending: str
 
 
-LINES = (
-    Line("dense `sci`, forward", "sci", "resnet50-448", "float32 forward"),
-    Line("dense `sci`, forward + backward", "sci", "resnet50-448", "float32 forward + backward"),
-    Line("the same in bfloat16, forward", "sci", "resnet50-448", "bfloat16 forward"),
-    Line(
-        "the same in bfloat16, forward + backward",
-        "sci", "resnet50-448", "bfloat16 forward + backward",
-    ),
-    Line("dense `sci`, VGG-19's map, forward", "sci", "vgg19-448", "float32 forward"),
-    Line("dense `sci`, DANet's map, forward", "sci", "danet-64", "float32 forward"),
-    Line(
-        "dense `sci`, DANet's map, forward + backward",
-        "sci", "danet-64", "float32 forward + backward",
-    ),
-    Line("dense `cci`, forward", "cci", "resnet50-448", "float32 forward"),
-    Line("dense `cci`, forward + backward", "cci", "resnet50-448", "float32 forward + backward"),
-    Line("head, pooled, forward", "head", "resnet50-448", "float32 forward"),
-    Line("head, pooled, forward + backward", "head", "resnet50-448", "float32 forward + backward"),
-    Line(
-        "pair head in training, pooled",
-        "pair_head", "resnet50-448", "float32 forward + backward",
-    ),
-    Line("inference, ResNet-50 + CIN", "models", "inference", "px"),
-    Line("training step, ResNet-50 + CIN", "models", "training step", "px"),
-)  # fmt: skip
+_MAIN, _FORWARD, _BOTH = "resnet50-448", "float32 forward", "float32 forward + backward"
+LINES = tuple(
+    Line(*row)
+    for row in (
+        ("dense `sci`, forward", "sci", _MAIN, _FORWARD),
+        ("dense `sci`, forward + backward", "sci", _MAIN, _BOTH),
+        ("the same in bfloat16, forward", "sci", _MAIN, "bfloat16 forward"),
+        ("the same in bfloat16, forward + backward", "sci", _MAIN, "bfloat16 forward + backward"),
+        ("dense `sci`, VGG-19's map, forward", "sci", "vgg19-448", _FORWARD),
+        ("dense `sci`, DANet's map, forward", "sci", "danet-64", _FORWARD),
+        ("dense `sci`, DANet's map, forward + backward", "sci", "danet-64", _BOTH),
+        ("dense `cci`, forward", "cci", _MAIN, _FORWARD),
+        ("dense `cci`, forward + backward", "cci", _MAIN, _BOTH),
+        ("head, pooled, forward", "head", _MAIN, _FORWARD),
+        ("head, pooled, forward + backward", "head", _MAIN, _BOTH),
+        ("pair head in training, pooled", "pair_head", _MAIN, _BOTH),
+        ("inference, ResNet-50 + CIN", "models", "inference", "px"),
+        ("training step, ResNet-50 + CIN", "models", "training step", "px"),
+    )
+)
 _OURS_WHOLE, _NAIVE, _PLAIN = "resnet50-cin", "resnet50-cin-naive", "resnet50"
 
 
@@ -105,12 +100,24 @@ def full_table(run: Run) -> str:
         "",
         f"Command: `{run.machine['command']}`. {_HOW_TO_READ}",
         "",
+        *seconds_by_subject(run),
     ]
     groups = dict.fromkeys([*run.groups(), *(one["group"] for one in run.left_out)])
     for group in groups:
         members = run.groups().get(group, [])
         lines += [f"## {group}", "", *_members(run, members), *_left_out(run, group, members), ""]
     return "\n".join(lines)
+
+
+def seconds_by_subject(run: Run) -> list[str]:
+    """Where the run's time went, in a line and a blank one; nothing if that was not kept."""
+    found: dict[str, list[float]] = {}
+    for group, phases in run.spent.items():
+        subject = found.setdefault(group.partition(":")[0], [0.0, 0.0])
+        subject[0] += phases["all"]
+        subject[1] += phases["checks"]
+    parts = [f"{name} {all_s:.0f} ({checks:.0f})" for name, (all_s, checks) in found.items()]
+    return [f"Seconds by subject (checks): {', '.join(parts)}.", ""] if parts else []
 
 
 def _members(run: Run, members: Sequence[Result]) -> list[str]:
@@ -215,50 +222,50 @@ def readme_section(results: Path) -> str:
     """What stands between the README's marks, from every machine's folder in ``results``."""
     parts = [part for folder in sorted(results.glob("*/")) for part in _machine_section(folder)]
     gpu = any((f / "results.json").exists() for f in results.glob("nvidia*"))
-    closing = [] if gpu else [NO_GPU]
-    return "\n".join([BEGIN, *(parts or [NOTHING]), *closing, END])
+    paragraphs = [*(parts or [NOTHING]), *([] if gpu else [NO_GPU])]
+    return "\n".join([BEGIN, "\n\n".join(filter(None, paragraphs)), END])
 
 
 def _machine_section(folder: Path) -> list[str]:
+    """Paragraphs, some of which may be empty."""
     parts = []
-    where = f"bench/results/{folder.name}"
     kept, targets = folder / "results.json", folder / "cpu_targets.json"
     if kept.exists():
-        run = load(kept)
-        parts += [
-            (
-                "How many times as fast as each rival, medians of interleaved rounds in one "
-                f"process. {machine_line(run)}"
-            ),
-            "",
-            short_table(run),
-            "",
-            overheads(run),
-            "",
-            (
-                "ResNet-50's map at 448 px where none is named. Eager is bmm, softmax, bmm (whole "
-                "heads: with convolution and mean); attention is the fastest of "
-                "`scaled_dot_product_attention` over channels (the same numbers as `(-x, x, x, "
-                "scale=1)`) and, on a GPU, its backends and FlexAttention; - where a rival cannot "
-                "express it or was left out. Times, spreads, reasons: "
-                f"[{where}]({where}/README.md). To repeat: `make bench`, then `make bench-report`."
-            ),
-            "",
-        ]
+        parts += _run_section(load(kept), f"bench/results/{folder.name}")
     if targets.exists():
         found = json.loads(targets.read_text())
         commits = ", ".join(sorted({row["commit"] for row in found["targets"]}))
         parts += [
             (
-                f"The CPU backend against its targets, a run of its own: {found['machine']}, torch "
-                f"{found['versions']['torch']}, cin_fast {commits}. To repeat: "
-                "`pytest bench/bench_cpu_targets.py --benchmark-only`."
+                f"The CPU backend against its targets: {found['machine']}, torch "
+                f"{found['versions']['torch']}, cin_fast {commits}. To repeat: `make bench`, or "
+                "`pytest bench/bench_cpu_targets.py --benchmark-only` for these rows alone."
             ),
-            "",
             targets_table(found),
-            "",
         ]
     return parts
+
+
+def _run_section(run: Run, where: str) -> list[str]:
+    return [
+        (
+            "How many times as fast as each rival, medians of interleaved rounds in one process. "
+            f"{machine_line(run)}"
+        ),
+        short_table(run),
+        overheads(run),
+        (
+            "ResNet-50's map at 448 px where none is named. Eager is bmm, softmax, bmm (whole "
+            "heads: with convolution and mean); attention is the fastest of "
+            "`scaled_dot_product_attention` over channels (the same numbers as `(-x, x, x, "
+            "scale=1)`) and, on a GPU, its backends and FlexAttention; - where a rival cannot "
+            "express it or was left out. Times, spreads, reasons: "
+            f"[{where}]({where}/README.md). To repeat: `make bench` (at most 10 minutes on 2 "
+            "cores), then `make bench-report`; one subject alone: `pytest bench/ --benchmark-only "
+            "-k cci`; `CIN_FAST_BENCH_SECONDS=1800` in front takes more shapes along, and "
+            "`make bench-quick` small shapes in 2 minutes."
+        ),
+    ]
 
 
 def replace_section(text: str, section: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,8 @@ class Run:
     ceilings: dict[str, dict[str, float]]
     left_out: list[dict[str, str]]
     results: list[Result]
+    spent: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Seconds by phase of each group."""
 
     def groups(self) -> dict[str, list[Result]]:
         """Members by group, as measured."""
@@ -93,9 +95,9 @@ def ratios(ours: Result, rival: Result) -> tuple[float, float, float]:
     """How many times as fast ours is: quartiles over the rounds that both took part in.
 
     Two rivals were timed in one round right after each other, so that a ratio of one round holds
-    what the machine did at that moment on both sides.
+    what the machine did at that moment on both sides. The slower one may have left first.
     """
-    pairs = zip(rival.microseconds, ours.microseconds, strict=True)
+    pairs = zip(rival.microseconds, ours.microseconds, strict=False)
     return quartiles([theirs / own for theirs, own in pairs])
 
 
@@ -134,7 +136,7 @@ def from_benchmark(run: dict[str, Any]) -> Run:
         for one in run["benchmarks"]
     ]
     return Run({key: info[key] for key in kept}, run["commit"], run["datetime"], run["ceilings"],
-               run["left_out"], results)  # fmt: skip
+               run["left_out"], results, run.get("spent", {}))  # fmt: skip
 
 
 def save(run: Run, path: Path) -> None:
