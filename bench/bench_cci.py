@@ -36,12 +36,17 @@ def problem(case: Case) -> Problem:
 
 def prepare(case: Case, name: str) -> Entry:
     """A rival with its inputs."""
-    return entry(RIVALS[name], problem(case))
+    return entry(RIVALS[name], problem(case), case)
+
+
+def work(case: Case, name: str) -> Work:
+    """Products: x x^T of both images (once each), then |M| x; bytes as for sci."""
+    flops = case.times(3.5) * sci_flops((case.batch, case.channels, case.positions))
+    return Work(flops, case.maps(case.times(2) * 2), case.dtype)
 
 
 @pytest.mark.parametrize("rival", RIVALS)
 @pytest.mark.parametrize("case", pair_cases(), ids=str)
 def test_cci(case: Case, rival: str, versus) -> None:
-    """Products: x x^T of both images (once each), then |M| x; bytes as for sci."""
-    flops = case.times(3.5) * sci_flops((case.batch, case.channels, case.positions))
-    versus(rival, partial(prepare, case), Work(flops, case.maps(case.times(2) * 2), case.dtype))
+    """Maps of a training batch."""
+    versus(rival, partial(prepare, case), work(case, rival))

@@ -33,18 +33,19 @@ def problem(case: Case) -> Problem:
 
 def prepare(case: Case, name: str) -> Entry:
     """A rival with its inputs."""
-    return entry(RIVALS[name], problem(case))
+    return entry(RIVALS[name], problem(case), case)
+
+
+def work(case: Case, name: str) -> Work:
+    """Products that are needed: x x^T, W on nine columns, phi's weights on nine means each."""
+    image = (case.batch, case.channels, case.positions)
+    flops = sci_flops(image, (case.batch, case.channels, _TAPS))
+    flops += 2 * case.batch * case.channels**2 * _TAPS
+    return Work(case.times(3) * flops, case.maps(case.times(2)), case.dtype)
 
 
 @pytest.mark.parametrize("rival", RIVALS)
 @pytest.mark.parametrize("case", head_cases(), ids=str)
 def test_head(case: Case, rival: str, versus) -> None:
-    """Products that are needed: x x^T, W on nine columns, phi's weights on nine means each."""
-    image = (case.batch, case.channels, case.positions)
-    flops = sci_flops(image, (case.batch, case.channels, _TAPS))
-    flops += 2 * case.batch * case.channels**2 * _TAPS
-    versus(
-        rival,
-        partial(prepare, case),
-        Work(case.times(3) * flops, case.maps(case.times(2)), case.dtype),
-    )
+    """Maps that a classifier's head gets."""
+    versus(rival, partial(prepare, case), work(case, rival))

@@ -25,6 +25,7 @@ class LoadingCase:
     """The side of the crops."""
 
     size: int
+    backward = False
 
     @property
     def group(self) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 
 import pytest
 import torch
@@ -77,42 +77,58 @@ def step(function: Callable[..., tuple[Tensor, Tensor]], heads: Heads, x: Tensor
     return [*values, *torch.autograd.grad(values, [x, *heads.parameters()], upstream)]
 
 
+def make_maps(case: Case) -> Tensor:
+    """ReLU features."""
+    size = (case.batch, case.channels, case.height, case.width)
+    return make_input("relu", size, case.dtype, DEVICE)
+
+
 def prepare(case: Case, name: str) -> Entry:
     """A rival with its inputs."""
-    size = (case.batch, case.channels, case.height, case.width)
-    x_BCHW = make_input("relu", size, case.dtype, DEVICE).requires_grad_()
+    x_BCHW = make_maps(case).requires_grad_()
     reason = "" if name == "eager" else why_not_ours(name, x_BCHW)
     if reason:
         raise LeftOut(reason)
     function = eager if name == "eager" else pooled
     heads = make_heads(case, case.dtype, None if name == "eager" else name)
-    return Entry(partial(step, function, heads, x_BCHW), partial(check, function, heads, x_BCHW))
+    return Entry(partial(step, function, heads, x_BCHW), partial(check, function, heads, case))
 
 
-def check(function: Callable[..., tuple[Tensor, Tensor]], heads: Heads, x_BCHW: Tensor) -> None:
-    """Both means and every gradient, of the first pairs, by the rule.
+@lru_cache(maxsize=1)
+def truth(case: Case) -> list[tuple[Tensor, Tensor]]:
+    """Of both means and every gradient of the first pairs: plain PyTorch's, and float64's.
 
     Plain PyTorch is the dense or the pooled form, whichever is less exact: they add in different
     orders.
     """
-    few = x_BCHW[: 2 * CHECKED_PAIRS].detach()
-    exact = step(eager, in_plain_pytorch(heads, torch.float64), few.double().requires_grad_())
-    plain = in_plain_pytorch(heads, few.dtype)
-    dense, plain_pooled = (
-        step(form, plain, few.clone().requires_grad_()) for form in (eager, pooled)
-    )
-    actual = step(function, heads, few.clone().requires_grad_())
+    few, heads = make_maps(case)[: 2 * CHECKED_PAIRS], make_heads(case, case.dtype)
+    judge, plain = (in_plain_pytorch(heads, dtype) for dtype in (torch.float64, case.dtype))
+    exact = step(eager, judge, few.double().requires_grad_())
+    forms = (step(form, plain, few.clone().requires_grad_()) for form in (eager, pooled))
+    return [
+        (less_exact(one, other, true), true) for one, other, true in zip(*forms, exact, strict=True)
+    ]
+
+
+def check(function: Callable[..., tuple[Tensor, Tensor]], heads: Heads, case: Case) -> None:
+    """The rule, for the first pairs."""
+    few = make_maps(case)[: 2 * CHECKED_PAIRS].requires_grad_()
     names = ["mean Z", "mean Z'", "dx", "dphi.weight", "dphi.bias", "dpsi.weight", "dpsi.bias"]
-    for name, found, one, other, truth in zip(
-        names, actual, dense, plain_pooled, exact, strict=True
+    for name, found, (plain, exact) in zip(
+        names, step(function, heads, few), truth(case), strict=True
     ):
-        assert_exact_as_torch(name, found, less_exact(one, other, truth), truth)
+        assert_exact_as_torch(name, found, plain, exact)
+
+
+def work(case: Case, name: str) -> Work:
+    """Products: two operators on nine columns, thrice for the backward pass."""
+    image = (case.batch, case.channels, case.positions)
+    flops = 2 * sci_flops(image, (case.batch, case.channels, _TAPS))
+    return Work(3 * flops, case.maps(2), case.dtype)
 
 
 @pytest.mark.parametrize("rival", ["eager", *OURS])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_pair_head(case: Case, rival: str, versus) -> None:
-    """Products: two operators on nine columns, thrice for the backward pass."""
-    image = (case.batch, case.channels, case.positions)
-    flops = 2 * sci_flops(image, (case.batch, case.channels, _TAPS))
-    versus(rival, partial(prepare, case), Work(3 * flops, case.maps(2), case.dtype))
+    """Maps of a training batch."""
+    versus(rival, partial(prepare, case), work(case, rival))

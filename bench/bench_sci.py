@@ -28,10 +28,10 @@ def problem(case: Case) -> Problem:
 
 def prepare(case: Case, name: str) -> Entry:
     """A rival with its inputs."""
-    return entry(RIVALS[name], problem(case))
+    return entry(RIVALS[name], problem(case), case)
 
 
-def work(case: Case) -> Work:
+def work(case: Case, name: str) -> Work:
     """Products: 4 C^2 L an image forward, 10 more backward. Bytes: x and dy read, y and dx."""
     flops = sci_flops((case.batch, case.channels, case.positions))
     return Work(case.times(3.5) * flops, case.maps(case.times(2) * 2), case.dtype)
@@ -41,11 +41,11 @@ def work(case: Case) -> Work:
 @pytest.mark.parametrize("case", network_cases(), ids=str)
 def test_sci(case: Case, rival: str, versus) -> None:
     """The maps of real networks."""
-    versus(rival, partial(prepare, case), work(case))
+    versus(rival, partial(prepare, case), work(case, rival))
 
 
 @pytest.mark.parametrize("rival", QUICK_TO_START)
 @pytest.mark.parametrize("case", scaling_cases(), ids=str)
 def test_sci_scaling(case: Case, rival: str, versus) -> None:
     """Time against C, L and B."""
-    versus(rival, partial(prepare, case), work(case))
+    versus(rival, partial(prepare, case), work(case, rival))

@@ -9,9 +9,14 @@ import torch
 
 QUICK = os.environ.get("CIN_FAST_BENCH_QUICK", "") not in ("", "0")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+# Of the 120 or 600 s that a run may take; the rest is for starting, and for what overruns.
+SECONDS = float(os.environ.get("CIN_FAST_BENCH_SECONDS", "85" if QUICK else "530"))
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-_BATCH = 20 if DEVICE.type == "cuda" else 4
+_GPU = DEVICE.type == "cuda"
+_BATCH = 20 if _GPU else 4
+_ALL = _GPU or SECONDS >= 900
+_COMPILED = ("resnet18-224", "danet-32") if QUICK else ("resnet50-448", "vgg19-448", "danet-64")
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,13 @@ class Case:
         return count * self.batch * self.channels * self.positions * self.dtype.itemsize
 
     @property
+    def why_not_compiled(self) -> str:
+        """Why ``torch.compile`` has no turn; empty if it has one."""
+        if _GPU or self.name in _COMPILED:
+            return ""
+        return f"compiling takes seconds a shape on a CPU: done for {', '.join(_COMPILED)}"
+
+    @property
     def group(self) -> str:
         """The heading that its rivals share."""
         shape = f"B{self.batch} C{self.channels} L{self.positions}"
@@ -62,44 +74,68 @@ def _both(*cases: Case) -> list[Case]:
     ]
 
 
-def _networks(dtype_name: str) -> list[Case]:
-    return [
-        Case("resnet50-448", _BATCH, 2048, 14, 14, dtype_name),
-        Case("resnet50-224", _BATCH, 2048, 7, 7, dtype_name),
-        Case("resnet50-600", _BATCH, 2048, 19, 19, dtype_name),
-        Case("vgg19-448", _BATCH, 512, 28, 28, dtype_name),
-        Case("danet-64", 2, 512, 64, 64, dtype_name),
-        Case("danet-96", 1, 512, 96, 96, dtype_name),
-    ]
+def main_case(dtype_name: str = "float32", backward: bool = False) -> Case:
+    """The map that most is said about: ResNet-50's at 448 px."""
+    if QUICK:
+        return Case("resnet18-224", 4, 512, 7, 7, dtype_name, backward)
+    return Case("resnet50-448", _BATCH, 2048, 14, 14, dtype_name, backward)
+
+
+def danet_case(backward: bool = False) -> Case:
+    """The smaller of DANet's maps."""
+    if QUICK:
+        return Case("danet-32", 1, 128, 32, 32, backward=backward)
+    return Case("danet-64", 2, 512, 64, 64, backward=backward)
+
+
+def _resnet50(size: int) -> Case:
+    side = -(-size // 32)
+    return Case(f"resnet50-{size}", _BATCH, 2048, side, side)
+
+
+def _vgg19() -> Case:
+    return Case("vgg19-448", _BATCH, 512, 28, 28)
 
 
 def network_cases() -> list[Case]:
     """The maps of real networks."""
     if QUICK:
-        return _both(Case("resnet18-224", 4, 512, 7, 7), Case("danet-32", 1, 128, 32, 32))
-    low = "bfloat16"
-    return _both(*_networks("float32"), *(case for case in _networks(low)[:1]))
+        return _both(main_case(), danet_case())
+    return _both(
+        main_case(),
+        _resnet50(224),
+        _resnet50(600),
+        _vgg19(),
+        danet_case(),
+        Case("danet-96", 1, 512, 96, 96),
+        main_case("bfloat16"),
+    )
 
 
 def scaling_cases() -> list[Case]:
-    """Forward alone, along one axis each: C, L and B."""
+    """Forward alone, along one axis each: C, L and B; fewer points where time is short."""
+    channels = (512, 1024, 2048, 4096, 8192) if _ALL else (512, 2048, 8192)
+    sides, batches = (7, 14, 28, 56, 96), (1, 4, 16, 64)
+    fixed, fixed_batch = 512, 2048 if _GPU else 512
     if QUICK:
-        return []
-    channels = [Case(f"C{c}", 1, c, 14, 14) for c in (512, 1024, 4096, 8192)]
-    sides = [Case(f"L{s * s}", 1, 512, s, s) for s in (7, 14, 28, 56, 96)]
-    batches = [Case(f"B{b}", b, 2048, 7, 7) for b in (1, 4, 16, 64)]
-    return channels + sides + batches
+        channels, sides, batches, fixed, fixed_batch = (64, 256), (7, 14), (1, 4), 128, 128
+    return [
+        *(Case(f"C{c}", 1, c, 14, 14) for c in channels),
+        *(Case(f"L{s * s}", 1, fixed, s, s) for s in sides),
+        *(Case(f"B{b}", b, fixed_batch, 7, 7) for b in batches),
+    ]
 
 
 def pair_cases() -> list[Case]:
     """Maps of a training batch."""
     if QUICK:
-        return _both(Case("resnet18-224", 4, 512, 7, 7))
-    return _both(*_networks("float32")[:2], Case("resnet18-224", 20, 512, 7, 7))
+        return _both(main_case())
+    return _both(main_case(), _resnet50(224), Case("resnet18-224", 20, 512, 7, 7))
 
 
 def head_cases() -> list[Case]:
     """Maps that a classifier's head gets."""
     if QUICK:
-        return _both(Case("resnet18-224", 4, 512, 7, 7))
-    return _both(*_networks("float32")[:4])
+        return _both(main_case())
+    large = [_resnet50(600)] if _ALL else []
+    return _both(main_case(), _resnet50(224), *large, _vgg19())

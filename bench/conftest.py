@@ -8,6 +8,7 @@ pytest-benchmark, which keeps the statistics and the JSON.
 from __future__ import annotations
 
 import dataclasses
+import gc
 import os
 import shlex
 import sys
@@ -16,18 +17,28 @@ from typing import Any
 
 import pytest
 import torch
-from cases import QUICK
-from compare import Comparison, Entry, Tape, Work
+from cases import DEVICE, QUICK, SECONDS
+from compare import Comparison, Entry, Selected, Tape, Work
 from machine import results_folder
 
 from cin_fast.dispatch import BACKENDS, unavailable
 from cin_fast.info import device_name, git_commit, versions
 
 TAPE = Tape()
-# Main shapes first: where a machine is too slow for all, the scaling curves are what is missing.
-_ORDER = ("sci", "cpu_targets", "head", "pair_head", "cci", "models", "loading", "scaling")
+# Seconds that a group takes on two cores, forward and with gradients: what its share is reckoned
+# from. What matters most comes first.
+_SHARES = {
+    "sci": (7, 11),
+    "head": (13, 36),
+    "pair_head": (30, 30),
+    "models": (35, 62),
+    "cci": (5, 10),
+    "cpu_targets": (10, 30),
+    "scaling": (4, 4),
+    "loading": (15, 15),
+}
 _BUDGET = 1.0 if QUICK else 4.0
-_LIMIT = float(os.environ.get("CIN_FAST_BENCH_SECONDS", "105" if QUICK else "570"))
+_LEAST = 5 if DEVICE.type == "cuda" else 3
 _COMPARISON: pytest.StashKey[Comparison] = pytest.StashKey()
 _LEFT_OUT: pytest.StashKey[list[dict[str, str]]] = pytest.StashKey()
 _LOAD: pytest.StashKey[float] = pytest.StashKey()
@@ -45,31 +56,55 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Order the subjects, and note which members of each group were selected."""
     items.sort(key=_place)
-    selected: dict[str, list[str]] = {}
+    members: dict[str, list[str]] = {}
+    shares: dict[str, float] = {}
+    targets = set()
     for item in items:
         parameters: dict[str, Any] = getattr(getattr(item, "callspec", None), "params", {})
-        if {"case", "rival"} <= set(parameters):
-            name = _group_name(item, parameters["case"])
-            selected.setdefault(name, []).append(parameters["rival"])
-            item.add_marker(pytest.mark.benchmark(group=name, timer=TAPE.now, warmup=False))
+        if not {"case", "rival"} <= set(parameters):
+            continue
+        case, name = parameters["case"], _group_name(item)
+        item.add_marker(pytest.mark.benchmark(group=name, timer=TAPE.now, warmup=False))
+        measured = _measured_group(item)
+        members.setdefault(measured, []).append(parameters["rival"])
+        share = _SHARES[_subject(item)][case.backward]
+        targets |= {measured} if _subject(item) == "cpu_targets" else set()
+        shares[measured] = max(share, shares.get(measured, 0))
+    selected = {
+        name: Selected(
+            tuple(dict.fromkeys(rivals)), shares[name], _BUDGET * (1 + (name in targets))
+        )
+        for name, rivals in members.items()
+    }
     config.stash[_COMPARISON] = Comparison(
         selected,
-        budget=_BUDGET,
-        limit=_LIMIT,
+        seconds=SECONDS,
+        least=_LEAST,
         timed=not config.getoption("benchmark_disable", False),
     )
 
 
+def pytest_collection_finish() -> None:
+    """Python looks for garbage around every measurement: no more in what stays to the end."""
+    gc.collect()
+    gc.freeze()
+
+
+def _subject(item: pytest.Item) -> str:
+    return "scaling" if "scaling" in item.name else item.path.stem.removeprefix("bench_")
+
+
 def _place(item: pytest.Item) -> int:
-    if not item.path.stem.startswith("bench_"):
-        return -1
-    subject = "scaling" if "scaling" in item.name else item.path.stem.removeprefix("bench_")
-    return _ORDER.index(subject) if subject in _ORDER else len(_ORDER)
+    return list(_SHARES).index(_subject(item)) if item.path.stem.startswith("bench_") else -1
 
 
-def _group_name(item: pytest.Item, case: Any) -> str:
-    subject = item.path.stem.removeprefix("bench_")
-    return f"{subject}: {getattr(case, 'group', case)}"
+def _group_name(item: pytest.Item) -> str:
+    return f"{item.path.stem.removeprefix('bench_')}: {item.callspec.params['case'].group}"
+
+
+def _measured_group(item: pytest.Item) -> str:
+    """The group whose rounds an item reads: its own, if its case names no other."""
+    return getattr(item.callspec.params["case"], "measured_group", _group_name(item))
 
 
 @pytest.fixture(scope="session")
@@ -85,8 +120,8 @@ def versus(
     """``versus(rival, prepare, work)``: this member's rounds, measured beside its rivals'."""
 
     def run(rival: str, prepare: Callable[[str], Entry], work: Work) -> None:
-        name = _group_name(request.node, request.node.callspec.params["case"])
-        group = comparison.group(name, prepare)
+        name = _group_name(request.node)
+        group = comparison.group(_measured_group(request.node), prepare, work.flops)
         if rival in group.failures:
             raise group.failures[rival]
         if rival in group.reasons:
@@ -126,4 +161,8 @@ def pytest_benchmark_update_json(config: pytest.Config, benchmarks: Any, output_
     found = config.stash[_COMPARISON].ceilings
     output_json["ceilings"] = {name: dataclasses.asdict(value) for name, value in found.items()}
     output_json["left_out"] = config.stash[_LEFT_OUT]
+    output_json["spent"] = {
+        name: {phase: round(seconds, 1) for phase, seconds in group.spent.items()}
+        for name, group in config.stash[_COMPARISON].groups.items()
+    }
     output_json["commit"] = git_commit()

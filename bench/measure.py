@@ -41,33 +41,33 @@ def interleaved(
     """Times of all calls, one of each in every round, so that a drifting machine favours none.
 
     The order changes from round to round, so that nobody always follows the same rival; Python's
-    garbage collector waits until the rounds are over.
+    garbage collector waits until the rounds are over. A slow call takes part in the first rounds
+    alone: past ``least`` it stops when its share of ``budget`` would not last for another one.
 
     Args:
         calls: by name.
         device: where they compute; on a GPU, device events are read and L2 is emptied before.
-        budget: seconds for all together; never fewer than ``least`` rounds.
+        budget: seconds for all together, in equal shares.
     """
-    clock, warm_up = (_cuda_seconds, 3) if device.type == "cuda" else (_cpu_seconds, 1)
+    peaks = {name: peak_bytes(call, device) for name, call in calls.items()}
+    clock, warm_up = (_cuda_seconds, 3) if device.type == "cuda" else (_cpu_seconds, 0)
     for _ in range(warm_up):
         for call in calls.values():
-            call()
-    started = time.perf_counter()
-    for call in calls.values():
-        clock(call)
-    once = time.perf_counter() - started
-    rounds = int(min(most, max(least, budget / max(once, 1e-9))))
+            clock(call)
     seconds: dict[str, list[float]] = {name: [] for name in calls}
-    order, shuffle = list(calls), random.Random(0).shuffle
+    share = budget / len(calls)
+    shuffle = random.Random(0).shuffle
     with _no_garbage_collection():
-        for _ in range(rounds):
+        for taken in range(most):
+            order = [
+                name
+                for name, past in seconds.items()
+                if taken < least or (len(past) == taken and sum(past) * (1 + 1 / taken) <= share)
+            ]
             shuffle(order)
             for name in order:
                 seconds[name].append(clock(calls[name]))
-    return {
-        name: Measured(tuple(seconds[name]), peak_bytes(call, device))
-        for name, call in calls.items()
-    }
+    return {name: Measured(tuple(seconds[name]), peaks[name]) for name in calls}
 
 
 @contextmanager
@@ -81,7 +81,10 @@ def _no_garbage_collection() -> Iterator[None]:
 
 
 def peak_bytes(call: Callable[[], object], device: torch.device) -> int | None:
-    """What a call holds at most beyond what was held before it, its results included."""
+    """What a call holds at most beyond what was held before it, its results included.
+
+    What a first call allocates and keeps counts as well, so the call has run before.
+    """
     gc.collect()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

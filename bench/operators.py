@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
 import torch
-from cases import QUICK
+from cases import QUICK, Case
 from compare import Entry, LeftOut
 from rivals import OURS, Rival, forget_compiled
 from torch import Tensor
@@ -93,13 +93,13 @@ def run(call: Callable[..., Tensor], problem: Problem) -> list[Tensor]:
     return [y.detach(), *torch.autograd.grad(y, leaves, problem.dy)]
 
 
-def entry(rival: Rival, problem: Problem) -> Entry:
+def entry(rival: Rival, problem: Problem, case: Case) -> Entry:
     """A rival ready to be checked and timed on the same arguments.
 
     Raises:
         LeftOut: with the reason, if the rival cannot run here.
     """
-    reason = rival.why_not(problem.images[0])
+    reason = rival.why_not(problem.images[0]) or (case.why_not_compiled if rival.compiles else "")
     if reason:
         raise LeftOut(reason)
     return Entry(partial(run, rival.call, problem), partial(_check, rival, problem))

@@ -24,18 +24,30 @@ def test_every_round_holds_each_rival_once_in_changing_order(bench):
     found = bench("measure").interleaved(calls, torch.device("cpu"), budget=0.0, least=8, most=8)
     assert set(found) == {"a", "b", "c"}
     assert all(len(measured.seconds) == 8 for measured in found.values())
-    # A warm-up and an estimate, eight rounds, then one call each for the memory.
-    assert len(order) == 3 * (2 + 8 + 1)
-    rounds = ["".join(order[i : i + 3]) for i in range(6, 30, 3)]
+    # One call each for the memory, then eight rounds.
+    assert len(order) == 3 * (1 + 8)
+    rounds = ["".join(order[i : i + 3]) for i in range(3, 27, 3)]
     assert all(sorted(one) == ["a", "b", "c"] for one in rounds)
     assert len(set(rounds)) > 2
+
+
+def test_a_slow_rival_takes_part_in_the_first_rounds_alone(bench, monkeypatch):
+    measure, order = bench("measure"), []
+    calls = {"slow": lambda: order.append("slow"), "fast": lambda: order.append("fast")}
+    duration = {calls["slow"]: 1.0, calls["fast"]: 0.1}
+    monkeypatch.setattr(measure, "_cpu_seconds", lambda call: (call(), duration[call])[1])
+    found = measure.interleaved(calls, torch.device("cpu"), budget=2.05, least=3)
+    # Half of the budget each: the fast one has ten rounds, of which the first three are shared.
+    assert {name: len(one.seconds) for name, one in found.items()} == {"slow": 3, "fast": 10}
+    assert set(order[2:4]) == set(order[4:6]) == set(order[6:8]) == {"slow", "fast"}
+    assert order[8:] == ["fast"] * 7
 
 
 def test_nothing_is_collected_while_rounds_are_timed(bench):
     seen = []
     calls = {"a": lambda: seen.append(gc.isenabled())}
     bench("measure").interleaved(calls, torch.device("cpu"), budget=0.0, least=3, most=3)
-    assert seen == [True, True, False, False, False, True]
+    assert seen == [True, False, False, False]
 
 
 def test_peak_memory_is_what_a_call_holds(bench):
@@ -173,9 +185,62 @@ def test_a_wrong_gradient_is_found(bench):
 
 def test_after_the_limit_nothing_is_started(bench):
     compare = bench("compare")
-    comparison = compare.Comparison({"sci: a": ["eager"]}, limit=-1.0)
+    comparison = compare.Comparison({"sci: a": compare.Selected(("eager",))}, seconds=-1.0)
     group = comparison.group("sci: a", lambda name: pytest.fail("it was started"))
     assert "CIN_FAST_BENCH_SECONDS" in group.reasons["eager"]
+
+
+def test_what_a_group_does_not_use_the_later_ones_get(bench, monkeypatch):
+    compare, now = bench("compare"), [100.0]
+    monkeypatch.setattr(compare.time, "monotonic", lambda: now[0])
+    plan = compare.Plan(60.0, {"a": 1.0, "b": 1.0, "c": 4.0})
+    assert plan.allow("a") == pytest.approx(10)
+    now[0] += 35
+    assert plan.allow("b") == pytest.approx(5)
+    assert plan.allow("c") == pytest.approx(25)
+    now[0] += 30
+    assert compare.Plan(-1.0, {"a": 1.0}).allow("a") == 0
+
+
+def test_a_time_is_predicted_from_the_call_nearest_in_size(bench):
+    pace = bench("compare").Pace()
+    assert pace.predict("sci", "eager", 1e9) == 0
+    pace.learn("sci", "eager", 1e6, 1e-3)
+    pace.learn("sci", "eager", 1e9, 0.2)
+    assert pace.predict("sci", "eager", 4e9) == pytest.approx(0.8)
+    assert pace.predict("sci", "eager", 2e6) == pytest.approx(2e-3)
+    assert pace.predict("sci", "cpu", 4e9) == 0
+
+
+def test_what_would_take_too_long_is_left_out_and_says_how_long(bench, monkeypatch):
+    compare, prepared = bench("compare"), []
+    selected = {"sci: a": compare.Selected(("reference", "eager", "cpu"))}
+    comparison = compare.Comparison(selected, seconds=10.0, least=3)
+    monkeypatch.setattr(comparison, "_look_at_ceilings", lambda name: None)
+    for member, seconds in (("cpu", 0.1), ("eager", 1.0), ("reference", 2.0)):
+        comparison.pace.learn("sci", member, 1e9, seconds)
+
+    def prepare(member):
+        prepared.append(member)
+        return compare.Entry(lambda: None, lambda: None)
+
+    group = comparison.group("sci: a", prepare, 1e9)
+    # Ours and the rival take 5 calls each, 5.5 of 10 s; the reference would take 10 more.
+    assert prepared == ["cpu", "eager"] == list(group.measured)
+    assert group.reasons["reference"].startswith("would take 10 s, and its group had 10 s for all")
+
+
+def test_one_that_fails_costs_no_other_its_time(bench, monkeypatch):
+    compare = bench("compare")
+    comparison = compare.Comparison({"sci: a": compare.Selected(("cpu", "eager"))}, seconds=60.0)
+    monkeypatch.setattr(comparison, "_look_at_ceilings", lambda name: None)
+
+    def check(member):
+        assert member != "cpu", "wrong"
+
+    group = comparison.group("sci: a", lambda m: compare.Entry(lambda: None, lambda: check(m)))
+    assert list(group.measured) == ["eager"]
+    assert "wrong" in str(group.failures["cpu"])
 
 
 def test_the_readme_section_is_replaced(bench):
@@ -208,7 +273,7 @@ def test_a_selection_runs_and_says_why_others_did_not(repository, tmp_path):
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
     run = json.loads(path.read_text())
     assert {one["params"]["rival"] for one in run["benchmarks"]} == {"eager", "sdpa"}
-    assert all(one["stats"]["rounds"] >= 5 for one in run["benchmarks"])
+    assert all(one["stats"]["rounds"] >= 3 for one in run["benchmarks"])
     assert run["ceilings"]["float32"]["flops"] > 1e9
     if not torch.cuda.is_available():
         reasons = {one["rival"]: one["reason"] for one in run["left_out"]}
@@ -236,6 +301,41 @@ def test_what_is_wrong_is_not_timed(repository, tmp_path):
     assert "reference y: error" in result.stdout
     run = json.loads(path.read_text())
     assert [one["params"]["rival"] for one in run["benchmarks"]] == ["eager"]
+
+
+@pytest.mark.slow
+def test_targets_read_the_rounds_of_their_subject(repository, tmp_path):
+    path = tmp_path / "run.json"
+    chosen = "test_sci and resnet18-224-float32-forward or dense-sci-forward-float32"
+    result = run_bench(repository, "-k", chosen, f"--benchmark-json={path}")
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
+    found = {"sci": {}, "cpu_targets": {}}
+    for one in json.loads(path.read_text())["benchmarks"]:
+        found[one["group"].partition(":")[0]][one["params"]["rival"]] = one["stats"]["data"]
+    assert set(found["sci"]) >= {"eager", "sdpa", "reference"}
+    assert set(found["cpu_targets"]) <= {"cpu", "sdpa"}
+    for rival, seconds in found["cpu_targets"].items():
+        assert seconds == pytest.approx(found["sci"][rival])
+
+
+@pytest.mark.slow
+def test_an_interrupted_run_keeps_what_was_measured(repository, tmp_path):
+    path, plugin = tmp_path / "run.json", tmp_path / "interrupt.py"
+    plugin.write_text(
+        "def pytest_runtest_setup(item):\n"
+        "    if 'backward' in item.name or 'both' in item.name:\n"
+        "        raise KeyboardInterrupt\n"
+    )
+    os.environ["PYTHONPATH"] = str(tmp_path)
+    try:
+        result = run_bench(
+            repository, "-p", "interrupt", "-k", "test_sci and resnet18-224-float32",
+            f"--benchmark-json={path}",
+        )  # fmt: skip
+    finally:
+        del os.environ["PYTHONPATH"]
+    assert result.returncode == 2, result.stdout[-2000:] + result.stderr[-2000:]
+    assert "eager" in {one["params"]["rival"] for one in json.loads(path.read_text())["benchmarks"]}
 
 
 @pytest.mark.slow
