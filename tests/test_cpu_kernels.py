@@ -204,6 +204,13 @@ def test_constant_inputs_stay_finite(isa: str, value: float, dtype: torch.dtype)
     assert cin_fast.cci(x, *make_pairs(2), backend="cpu").isfinite().all()
 
 
+@pytest.mark.parametrize(("isa", "dtype"), ISA_DTYPES, indirect=["isa"], ids=str)
+def test_padding_has_no_part_in_gradients(isa: str, dtype: torch.dtype) -> None:
+    # Rows of nothing, beyond the last channel, would have all the weight where logits are at -320.
+    x = torch.full((2, 71, 20), 4.0, dtype=dtype)
+    assert all(t.isfinite().all() for t in everything(x))
+
+
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
 def test_huge_activations_do_not_overflow(isa: str, dtype: torch.dtype) -> None:
     x = (1e4 * make_input("randn", (2, 70, 20))).to(dtype)
