@@ -37,6 +37,7 @@ _SHARES = {
     "scaling": (4, 4),
     "loading": (15, 15),
 }
+_OTHER = (10, 10)
 _BUDGET = 1.0 if QUICK else 4.0
 _LEAST = 5 if DEVICE.type == "cuda" else 3
 _COMPARISON: pytest.StashKey[Comparison] = pytest.StashKey()
@@ -56,23 +57,20 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Order the subjects, and note which members of each group were selected."""
     items.sort(key=_place)
+    compared = [item for item in items if {"case", "rival"} <= set(_parameters(item))]
     members: dict[str, list[str]] = {}
     shares: dict[str, float] = {}
-    targets = set()
-    for item in items:
-        parameters: dict[str, Any] = getattr(getattr(item, "callspec", None), "params", {})
-        if not {"case", "rival"} <= set(parameters):
-            continue
-        case, name = parameters["case"], _group_name(item)
-        item.add_marker(pytest.mark.benchmark(group=name, timer=TAPE.now, warmup=False))
-        measured = _measured_group(item)
-        members.setdefault(measured, []).append(parameters["rival"])
-        share = _SHARES[_subject(item)][case.backward]
-        targets |= {measured} if _subject(item) == "cpu_targets" else set()
-        shares[measured] = max(share, shares.get(measured, 0))
+    for item in compared:
+        item.add_marker(pytest.mark.benchmark(group=_group_name(item), timer=TAPE.now))
+        name, case = _measured_group(item), _parameters(item)["case"]
+        members.setdefault(name, []).append(_parameters(item)["rival"])
+        share = _SHARES.get(_subject(item), _OTHER)[case.backward]
+        shares[name] = max(share, shares.get(name, 0))
+    # A target's ratio is one number that much hangs on: twice the time for its rounds.
+    targets = {_measured_group(item) for item in compared if _subject(item) == "cpu_targets"}
     selected = {
         name: Selected(
-            tuple(dict.fromkeys(rivals)), shares[name], _BUDGET * (1 + (name in targets))
+            tuple(dict.fromkeys(rivals)), shares[name], _BUDGET * (2 if name in targets else 1)
         )
         for name, rivals in members.items()
     }
@@ -95,16 +93,22 @@ def _subject(item: pytest.Item) -> str:
 
 
 def _place(item: pytest.Item) -> int:
-    return list(_SHARES).index(_subject(item)) if item.path.stem.startswith("bench_") else -1
+    if not item.path.stem.startswith("bench_"):
+        return -1
+    return [*_SHARES, _subject(item)].index(_subject(item))
+
+
+def _parameters(item: pytest.Item) -> dict[str, Any]:
+    return getattr(getattr(item, "callspec", None), "params", {})
 
 
 def _group_name(item: pytest.Item) -> str:
-    return f"{item.path.stem.removeprefix('bench_')}: {item.callspec.params['case'].group}"
+    return f"{item.path.stem.removeprefix('bench_')}: {_parameters(item)['case'].group}"
 
 
 def _measured_group(item: pytest.Item) -> str:
     """The group whose rounds an item reads: its own, if its case names no other."""
-    return getattr(item.callspec.params["case"], "measured_group", _group_name(item))
+    return getattr(_parameters(item)["case"], "measured_group", _group_name(item))
 
 
 @pytest.fixture(scope="session")

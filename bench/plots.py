@@ -49,9 +49,9 @@ def draw_times(run: Run, path: Path) -> None:
     figure.savefig(path, dpi=100)
 
 
-def _plain(axis: Axis) -> None:
+def _plain(axis: Axis, leading: Sequence[float] = (1, 2, 5)) -> None:
     """Numbers as one says them: 1, 2, 5, 10."""
-    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.set_major_locator(LogLocator(subs=leading))
     axis.set_major_formatter("{x:g}")
     axis.set_minor_locator(NullLocator())
 
@@ -82,8 +82,8 @@ def draw_roofline(run: Run, path: Path) -> None:
         ]
         axis.scatter(*zip(*points, strict=True), label=rival, s=24, color=_COLOURS.get(rival))
     axis.set(xscale="log", yscale="log", xlabel="useful operations a byte", ylabel="GFLOP/s")
-    for part in (axis.xaxis, axis.yaxis):
-        _plain(part)
+    _plain(axis.xaxis, (1, 3))
+    _plain(axis.yaxis)
     axis.set_title(f"dense sci, forward, float32: {run.machine['device']}", fontsize=10)
     axis.grid(alpha=0.3)
     figure.legend(loc="outside right center", frameon=False)
