@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_cpu_kernels import isa, poisoned_memory
+from cpu_isas import poisoned_memory
 from torch import Tensor
 from torch.nn import functional as F
 
 from cin_fast.testing import assert_exact_as_torch
 from cin_fast.thin import thin_linear
-
-__all__ = ["isa"]
 
 pytestmark = pytest.mark.usefixtures("cpu_extension", "two_threads")
 
