@@ -21,5 +21,5 @@ runtime=$(g++ -print-file-name=libasan.so):$(g++ -print-file-name=libubsan.so)
 export ASAN_OPTIONS=detect_leaks=0:abort_on_error=1 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1
 export OMP_WAIT_POLICY=PASSIVE
 LD_PRELOAD=$runtime "$python" -m pytest -q -p no:cacheprovider tests/test_cpu_kernels.py \
-    tests/test_cpu_threads.py -k 'not compiles and not held and not two_threads' -m 'not slow' "$@"
+    tests/test_cpu_pair.py tests/test_cpu_threads.py tests/test_thin.py -k 'not compiles and not held and not two_threads' -m 'not slow' "$@"
 echo 'sanitize: clean'
