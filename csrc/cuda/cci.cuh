@@ -7,8 +7,9 @@
 namespace cin_fast {
 namespace cci {
 
-__device__ __forceinline__ float sign(float value) {
-  return value > 0.f ? 1.f : value < 0.f ? -1.f : 0.f;
+// sign(m) x, where the sign of 0 is 0.
+__device__ __forceinline__ float with_sign_of(float m, float x) {
+  return m > 0.f ? x : m < 0.f ? -x : 0.f;
 }
 
 // W_own - eta W_other, the same bits whoever computes it.
@@ -104,7 +105,7 @@ __device__ void to_weights(float (&s)[N][4], const RowTerms (&terms)[2], float f
   }
 }
 
-constexpr int kWidth = 32;
+constexpr int kStreamWidth = 32;
 constexpr int kBlockThreads = 2 * kGroupThreads;
 
 // Two groups of four warps share a block, one for each image. Thread t of either group holds the

@@ -16,16 +16,16 @@ __device__ __forceinline__ bool stores(const Pair& pair) {
 
 template <class Products>
 constexpr size_t kTermsSharedBytes =
-    shared_bytes({2 * Stream<Products, kWidth>::kStage * sizeof(typename Products::Element),
-                  2 * Stream<Products, kWidth>::kStage * sizeof(typename Products::Element),
-                  Exchange<kWidth / 8>::kElements * sizeof(float)});
+    shared_bytes({2 * Stream<Products, kStreamWidth>::kStage * sizeof(typename Products::Element),
+                  2 * Stream<Products, kStreamWidth>::kStage * sizeof(typename Products::Element),
+                  Exchange<kStreamWidth / 8>::kElements * sizeof(float)});
 
 // delta_i = sum over j of P_ij dP_ij, and what each row gives to the gradient of eta.
 template <class Products>
 __global__ void __launch_bounds__(kBlockThreads)
     cci_terms_kernel(BackwardParameters<typename Products::Element> p, int row_blocks) {
   using T = typename Products::Element;
-  constexpr int kAcross = kWidth / 8;
+  constexpr int kAcross = kStreamWidth / 8;
   const Pair pair(p.partner, blockIdx.x / row_blocks);
   if (pair.is_anothers()) return;
   const int64_t own = pair.image(group_id()), other = pair.image(1 - group_id());
@@ -33,15 +33,15 @@ __global__ void __launch_bounds__(kBlockThreads)
   const Matrix<T> x = p.x.image(own), v = p.v.image(own), dy = p.dy.image(own);
   const float eta = p.eta[own], other_eta = p.eta[other];
   SharedMemory shared;
-  Stream<Products, kWidth> streams[2] = {Stream<Products, kWidth>(shared),
-                                         Stream<Products, kWidth>(shared)};
+  Stream<Products, kStreamWidth> streams[2] = {Stream<Products, kStreamWidth>(shared),
+                                               Stream<Products, kStreamWidth>(shared)};
   Exchange<kAcross> exchange(shared);
-  Stream<Products, kWidth> stream = group_id() == 0 ? streams[0] : streams[1];
+  Stream<Products, kStreamWidth> stream = group_id() == 0 ? streams[0] : streams[1];
 
   RowTerms terms[2];
   load_statistics<Products>(terms, p.row_max + own * x.rows, p.row_sum + own * x.rows, row, x.rows);
   typename Products::Wide delta[2] = {}, deta[2] = {};
-  for (int column = 0; column < x.rows; column += kWidth) {
+  for (int column = 0; column < x.rows; column += kStreamWidth) {
     float powers[kAcross][4] = {}, dm[kAcross][4] = {}, weights[kAcross][4], others[kAcross][4];
     stream.product(powers, x, row, x, column);
     stream.product(dm, dy, row, v, column);
@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(kBlockThreads)
     for (int n = 0; n < kAcross; ++n) {
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        dm[n][e] *= sign(contrast(weights[n][e], eta, others[n][e]));
+        dm[n][e] = with_sign_of(contrast(weights[n][e], eta, others[n][e]), dm[n][e]);
         deta[e / 2] -= dm[n][e] * others[n][e];
       }
     }
@@ -196,7 +196,7 @@ __global__ void __launch_bounds__(kBlockThreads)
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         const float m = contrast(weights[n][e], eta, others[n][e]);
-        dm[n][e] *= sign(m);
+        dm[n][e] = with_sign_of(m, dm[n][e]);
         if (n >= kAcross) magnitude[n - kAcross][e] = fabsf(m);
       }
     }

@@ -15,10 +15,10 @@ __global__ void __launch_bounds__(kGroupThreads)
   const int row = blockIdx.x % row_blocks * kBlockRows;
   const Matrix<T> x = p.x.image(image);
   SharedMemory shared;
-  Stream<Products, kWidth> stream(shared);
+  Stream<Products, kStreamWidth> stream(shared);
   RunningSoftmax<Products> softmax(p.factor);
-  for (int column = 0; column < x.rows; column += kWidth) {
-    float s[kWidth / 8][4] = {}, nothing[1][4] = {};
+  for (int column = 0; column < x.rows; column += kStreamWidth) {
+    float s[kStreamWidth / 8][4] = {}, nothing[1][4] = {};
     stream.product(s, x, row, x, column);
     softmax.update(s, nothing, x.rows - column);
   }
@@ -30,10 +30,10 @@ template <class Products, int kColumns>
 struct ForwardTiles {
   using T = typename Products::Element;
   static constexpr int kPitch = kColumns + Products::kPad;
-  static constexpr size_t kStages = 2 * Stream<Products, kWidth>::kStage * sizeof(T);
+  static constexpr size_t kStages = 2 * Stream<Products, kStreamWidth>::kStage * sizeof(T);
   static constexpr size_t kSharedBytes =
-      shared_bytes({kStages, kStages, kWidth * kPitch * sizeof(T),
-                    Exchange<kWidth / 8>::kElements * sizeof(float)});
+      shared_bytes({kStages, kStages, kStreamWidth * kPitch * sizeof(T),
+                    Exchange<kStreamWidth / 8>::kElements * sizeof(float)});
 };
 
 // Grid: row blocks of all images, chunks of v's columns.
@@ -42,7 +42,7 @@ __global__ void __launch_bounds__(kBlockThreads)
     cci_forward_kernel(ForwardParameters<typename Products::Element> p, int row_blocks) {
   using Tiles = ForwardTiles<Products, kColumns>;
   using T = typename Products::Element;
-  constexpr int kAcross = kWidth / 8;
+  constexpr int kAcross = kStreamWidth / 8;
   const int64_t image = blockIdx.x / row_blocks;
   const int row = blockIdx.x % row_blocks * kBlockRows, chunk = blockIdx.y * kColumns;
   const bool first = group_id() == 0;
@@ -50,18 +50,18 @@ __global__ void __launch_bounds__(kBlockThreads)
   const float eta = p.eta[image];
   const Matrix<T> x = p.x.image(own), v = p.v.image(image);
   SharedMemory shared;
-  Stream<Products, kWidth> streams[2] = {Stream<Products, kWidth>(shared),
-                                         Stream<Products, kWidth>(shared)};
-  T* values = shared.take<T>(kWidth * Tiles::kPitch);
+  Stream<Products, kStreamWidth> streams[2] = {Stream<Products, kStreamWidth>(shared),
+                                               Stream<Products, kStreamWidth>(shared)};
+  T* values = shared.take<T>(kStreamWidth * Tiles::kPitch);
   Exchange<kAcross> exchange(shared);
-  Stream<Products, kWidth> stream = first ? streams[0] : streams[1];
+  Stream<Products, kStreamWidth> stream = first ? streams[0] : streams[1];
 
   RowTerms terms[2];
   load_statistics<Products>(terms, p.row_max + own * x.rows, p.row_sum + own * x.rows, row, x.rows);
   float acc[kColumns / 8][4] = {};
-  for (int column = 0; column < x.rows; column += kWidth) {
-    load_tile<kWidth, kColumns>(values, Tiles::kPitch, v, column, chunk, threadIdx.x,
-                                kBlockThreads);
+  for (int column = 0; column < x.rows; column += kStreamWidth) {
+    load_tile<kStreamWidth, kColumns>(values, Tiles::kPitch, v, column, chunk, threadIdx.x,
+                                      kBlockThreads);
     ptx::cp_async_commit();
     float weights[kAcross][4] = {}, others[kAcross][4];
     stream.product(weights, x, row, x, column);
@@ -74,8 +74,8 @@ __global__ void __launch_bounds__(kBlockThreads)
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         const float mine = weights[n][e], theirs = others[n][e];
-        weights[n][e] =
-            first ? fabsf(contrast(mine, eta, theirs)) : sign(contrast(theirs, eta, mine)) * mine;
+        weights[n][e] = first ? fabsf(contrast(mine, eta, theirs))
+                              : with_sign_of(contrast(theirs, eta, mine), mine);
       }
     }
     Products::nn(acc, weights, values, Tiles::kPitch);
@@ -104,9 +104,10 @@ cudaError_t forward(const Context& context, const Shape& shape, bool tied,
   if constexpr (sizeof(T) == 2)
     if (is_wgmma(context, shape, tied)) return wgmma_forward(context, shape, tied, statistics, p);
   const int row_blocks = divide_up(shape.channels, kBlockRows);
-  CIN_FAST_RETURN_IF_ERROR(launch(
-      context, "cci_statistics", cci_statistics_kernel<Products>, dim3(shape.batch * row_blocks),
-      kGroupThreads, 2 * Stream<Products, kWidth>::kStage * sizeof(T), statistics, row_blocks));
+  CIN_FAST_RETURN_IF_ERROR(launch(context, "cci_statistics", cci_statistics_kernel<Products>,
+                                  dim3(shape.batch * row_blocks), kGroupThreads,
+                                  2 * Stream<Products, kStreamWidth>::kStage * sizeof(T),
+                                  statistics, row_blocks));
   return p.columns <= kThin ? launch_forward<Products, kThin>(context, shape, p)
                             : launch_forward<Products, kChunk<Products>>(context, shape, p);
 }

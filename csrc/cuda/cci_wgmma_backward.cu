@@ -9,11 +9,6 @@ namespace cin_fast {
 namespace cci {
 namespace {
 
-// In place of x where it is positive, -x where it is negative, and else 0.
-__device__ __forceinline__ float with_sign_of(float m, float x) {
-  return m > 0.f ? x : m < 0.f ? -x : 0.f;
-}
-
 template <class T, int kColumns>
 struct TermsTiles {
   static constexpr int kWidth = 64, kStages = 2;

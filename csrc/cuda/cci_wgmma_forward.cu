@@ -77,7 +77,7 @@ __device__ __forceinline__ void pack_contrasts(uint32_t (&magnitudes)[2][N / 2][
           const float other = weights[1 - i][n][2 * half + e];
           const float m = contrast(weights[i][n][2 * half + e], eta[i], other);
           magnitude[e] = fabsf(m);
-          signed_other[e] = sign(m) * other;
+          signed_other[e] = with_sign_of(m, other);
         }
         magnitudes[i][n / 2][n % 2 * 2 + half] = HalfProducts<T>::pair(magnitude[0], magnitude[1]);
         signed_others[i][n / 2][n % 2 * 2 + half] =
@@ -171,7 +171,8 @@ __device__ __forceinline__ void trade_contrasts(float (&weights)[N][4],
   for (int i = 0; i < kElements; ++i) {
     float& mine = weights[i / 4][i % 4];
     const float theirs = trade.taken(tile, i);
-    mine = for_y ? fabsf(contrast(mine, eta, theirs)) : sign(contrast(theirs, eta, mine)) * mine;
+    mine = for_y ? fabsf(contrast(mine, eta, theirs))
+                 : with_sign_of(contrast(theirs, eta, mine), mine);
   }
 }
 
