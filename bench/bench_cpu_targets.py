@@ -8,7 +8,6 @@ rule for numbers. The table is printed at the end and written to ``bench/results
 from __future__ import annotations
 
 import json
-import os
 import platform
 import re
 import statistics
@@ -27,11 +26,11 @@ import torch
 from bench_models import ModelCase
 from cases import DEVICE, QUICK, Case, danet_case, main_case
 from compare import Comparison
+from machine import results_folder
 
 from cin_fast.info import device_name, git_commit, versions
 
 OURS = "cpu"
-RESULTS = Path(__file__).parent / "results"
 
 
 @dataclass(frozen=True)
@@ -166,16 +165,9 @@ def measured_row(target: Target, comparison: Comparison) -> Row | None:
     )
 
 
-def results_path() -> Path:
-    """Where this machine's table belongs."""
-    model = re.sub(r"[^a-z0-9]+", "-", device_name().lower()).strip("-")
-    machine = f"cpu-{os.cpu_count()}core-{model}"
-    return Path(os.environ.get("CIN_FAST_BENCH_RESULTS", RESULTS / machine)) / "cpu_targets.json"
-
-
 def write(rows: list[Row]) -> Path:
     """Merge rows into this machine's table: a run of some rows leaves the others alone."""
-    path = results_path()
+    path = results_folder() / "cpu_targets.json"
     old = json.loads(path.read_text())["targets"] if path.exists() else []
     new = {
         row.name: {**asdict(row), "verdict": row.verdict, "commit": git_commit()} for row in rows

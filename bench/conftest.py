@@ -88,6 +88,11 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+def pytest_unconfigure() -> None:
+    """What Python may not look at would be reported as leaked."""
+    gc.unfreeze()
+
+
 def _subject(item: pytest.Item) -> str:
     return "scaling" if "scaling" in item.name else item.path.stem.removeprefix("bench_")
 
