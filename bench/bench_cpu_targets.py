@@ -194,9 +194,11 @@ def _table(request: pytest.FixtureRequest, comparison: Comparison) -> Iterator[N
     lines = ["", HEADING, *map(str, rows)]
     if rows and not QUICK:
         lines.append(f"written to {write(rows)}")
-    reporter = request.config.pluginmanager.getplugin("terminalreporter")
-    for line in lines:
-        reporter.write_line(line)
+    plugins = request.config.pluginmanager
+    reporter = plugins.getplugin("terminalreporter")
+    with plugins.getplugin("capturemanager").global_and_fixture_disabled():
+        for line in lines:
+            reporter.write_line(line)
 
 
 @pytest.mark.skipif(DEVICE.type != "cpu", reason="the CPU's targets: hide the GPU")

@@ -309,6 +309,7 @@ def test_targets_read_the_rounds_of_their_subject(repository, tmp_path):
     chosen = "test_sci and resnet18-224-float32-forward or dense-sci-forward-float32"
     result = run_bench(repository, "-k", chosen, f"--benchmark-json={path}")
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
+    assert torch.cuda.is_available() or "ms an image" in result.stdout
     found = {"sci": {}, "cpu_targets": {}}
     for one in json.loads(path.read_text())["benchmarks"]:
         found[one["group"].partition(":")[0]][one["params"]["rival"]] = one["stats"]["data"]
