@@ -24,6 +24,7 @@ from torch.autograd.forward_ad import unpack_dual
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 _OPERATORS = ("sci", "sci_backward", "cci", "cci_backward")
+_CPU_OPERATORS = ("cci_after_sci", "pair_sweep", "tap_means", "thin_linear")
 
 # What `backend=None` tries, first to last, by device. Each row is justified by the tables under
 # bench/results; `cuda` and `triton` have not been measured against each other yet.
@@ -161,7 +162,7 @@ def _load_extension(name: str) -> str:
     except (ImportError, OSError) as error:
         return f"cin_fast.{name} did not load: {error}"
     backend, key = ("cpu", "CPU") if name == "_cpu" else ("cuda", "CUDA")
-    for stem in _OPERATORS:
+    for stem in _OPERATORS + (_CPU_OPERATORS if backend == "cpu" else ()):
         if not torch._C._dispatch_has_kernel_for_dispatch_key(f"cin_fast::{backend}_{stem}", key):
             return f"cin_fast.{name} holds no {stem}: build it again ({fix})"
     return ""

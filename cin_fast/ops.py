@@ -62,16 +62,16 @@ def sci(
     >>> sci(x).shape
     torch.Size([2, 64, 14, 14])
     """
-    _check_features(x)
-    _check_values(x, v)
-    x, v = _autocast(x, v)
-    scale = _number("scale", scale)
-    x_BCL, v_BCK = _flat(x), None if v is None else _flat(v)
+    check_features(x)
+    check_values(x, v)
+    x, v = as_autocast(x, v)
+    scale = as_number("scale", scale)
+    x_BCL, v_BCK = flat_map(x), None if v is None else flat_map(v)
     if dispatch.transformed(x, v):
         _require_definition(backend)
         y_BCK = reference.sci(x_BCL, x_BCL if v_BCK is None else v_BCK, scale)
     else:
-        y_BCK = _op(_backend(x, backend), "sci")(x_BCL, v_BCK, scale)[0]
+        y_BCK = _op(pick_backend(x, backend), "sci")(x_BCL, v_BCK, scale)[0]
     return y_BCK.reshape((x if v is None else v).shape)
 
 
@@ -102,20 +102,20 @@ def cci(
     Raises:
         ValueError: naming the argument and what was found.
     """
-    _check_features(x)
+    check_features(x)
     check_partner(x, partner)
     _check_eta(x, eta)
-    _check_values(x, v)
-    x, v = _autocast(x, v)
-    scale = _number("scale", scale)
+    check_values(x, v)
+    x, v = as_autocast(x, v)
+    scale = as_number("scale", scale)
     eta = eta.to(torch.promote_types(x.dtype, torch.float32))
     partner = partner.to(x.device, non_blocking=True)
-    x_BCL, v_BCK = _flat(x), None if v is None else _flat(v)
+    x_BCL, v_BCK = flat_map(x), None if v is None else flat_map(v)
     if dispatch.transformed(x, v, eta):
         _require_definition(backend)
         y_BCK = reference.cci(x_BCL, partner, eta, x_BCL if v_BCK is None else v_BCK, scale)[0]
     else:
-        y_BCK = _op(_backend(x, backend), "cci")(x_BCL, partner, eta, v_BCK, scale)[0]
+        y_BCK = _op(pick_backend(x, backend), "cci")(x_BCL, partner, eta, v_BCK, scale)[0]
     return y_BCK.reshape((x if v is None else v).shape)
 
 
@@ -127,8 +127,8 @@ def sci_weights(x: Tensor, scale: float = -1.0) -> Tensor:
     Raises:
         ValueError: naming the argument and what was found.
     """
-    _check_features(x)
-    return reference.sci_weights(_flat(x), _number("scale", scale))
+    check_features(x)
+    return reference.sci_weights(flat_map(x), as_number("scale", scale))
 
 
 def tap_means(x: Tensor) -> Tensor:
@@ -146,7 +146,7 @@ def tap_means(x: Tensor) -> Tensor:
     Raises:
         ValueError: naming the argument and what was found.
     """
-    _check_features(x)
+    check_features(x)
     if x.dim() != 4:
         raise ValueError(f"x: expected (B, C, H, W), found shape {tuple(x.shape)}")
     if dispatch.transformed(x):
@@ -159,7 +159,8 @@ def _op(backend: str, stem: str) -> Any:
     return getattr(torch.ops.cin_fast, f"{backend}_{stem}").default
 
 
-def _backend(x: Tensor, backend: str | None) -> str:
+def pick_backend(x: Tensor, backend: str | None) -> str:
+    """The backend named, or the one that ``None`` means for x; ``ValueError`` if it cannot run."""
     return dispatch.choose(x) if backend is None else dispatch.require(x, backend)
 
 
@@ -170,25 +171,29 @@ def _require_definition(backend: str | None) -> None:
         )
 
 
-def _number(name: str, value: float) -> float:
+def as_number(name: str, value: float) -> float:
+    """``value`` as a float, or ``ValueError`` that names the argument."""
     try:
         return float(value)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{name}: expected a number, found {value!r}") from error
 
 
-def _flat(t: Tensor) -> Tensor:
+def flat_map(t: Tensor) -> Tensor:
+    """(B, C, H, W) as (B, C, H * W); three axes as they are."""
     return t.flatten(2) if t.dim() == 4 else t
 
 
-def _autocast(x: Tensor, v: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def as_autocast(x: Tensor, v: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """x and v in autocast's dtype where it is on."""
     if x.dtype == torch.float64 or not dispatch.autocast_enabled(x):
         return x, v
     dtype = torch.get_autocast_dtype(x.device.type)
     return x.to(dtype), None if v is None else v.to(dtype)
 
 
-def _check_features(x: Tensor) -> None:
+def check_features(x: Tensor) -> None:
+    """Refuse, with ``ValueError``, what is no features of the operators."""
     if not isinstance(x, Tensor):
         raise ValueError(f"x: expected a tensor, found {type(x).__name__}")
     if x.dim() not in (3, 4):
@@ -199,7 +204,8 @@ def _check_features(x: Tensor) -> None:
         raise ValueError(f"x: channels and positions may not be empty, found {tuple(x.shape)}")
 
 
-def _check_values(x: Tensor, v: Tensor | None) -> None:
+def check_values(x: Tensor, v: Tensor | None) -> None:
+    """Refuse, with ``ValueError``, a ``v`` that does not go with ``x``."""
     if v is None:
         return
     if not isinstance(v, Tensor):
@@ -428,7 +434,8 @@ def _tap_means_gradient(backend: str) -> Any:
     return gradient
 
 
-def _refuse_double_backward(ctx: Any, *_: Any) -> Any:
+def refuse_double_backward(ctx: Any, *_: Any) -> Any:
+    """The derivative of a gradient that no kernel computes."""
     raise NotImplementedError(
         "this backend has no second derivative: call the operator with backend='reference'"
     )
@@ -442,7 +449,7 @@ def _define(backend: str, schemas: dict[str, str]) -> None:
         if backend == "reference":
             torch.library.impl(name, "CompositeExplicitAutograd", _REFERENCE[stem])
         if stem.endswith("_backward"):
-            torch.library.register_autograd(name, _refuse_double_backward)
+            torch.library.register_autograd(name, refuse_double_backward)
 
 
 for _name in dispatch.BACKENDS:

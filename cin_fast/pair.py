@@ -72,23 +72,23 @@ def pair_columns(
     Raises:
         ValueError: naming the argument and what was found.
     """
-    ops._check_features(x)
+    ops.check_features(x)
     ops.check_partner(x, partner)
     if not isinstance(v, Tensor) or v.dim() != 3:
         found = tuple(v.shape) if isinstance(v, Tensor) else type(v).__name__
         raise ValueError(f"v: expected a tensor (B, C, K), found {found}")
-    ops._check_values(x, v)
+    ops.check_values(x, v)
     _check_psi("psi_weight", psi_weight, x, 2 * x.shape[1])
     _check_psi("psi_bias", psi_bias, x, 1)
     if not 0 <= mean < v.shape[2]:
         raise ValueError(f"mean: expected a column of v, 0 to {v.shape[2] - 1}, found {mean}")
-    x, cast_v = ops._autocast(x, v)
+    x, cast_v = ops.as_autocast(x, v)
     assert cast_v is not None
-    scale = ops._number("scale", scale)
+    scale = ops.as_number("scale", scale)
     inputs = (x, cast_v, psi_weight, psi_bias)
-    if ops._backend(x, backend) == "cpu" and not dispatch.transformed(*inputs):
+    if ops.pick_backend(x, backend) == "cpu" and not dispatch.transformed(*inputs):
         outputs = torch.ops.cin_fast.cpu_pair(
-            ops._flat(x), partner, psi_weight, psi_bias, cast_v, mean, scale
+            ops.flat_map(x), partner, psi_weight, psi_bias, cast_v, mean, scale
         )
         return outputs[0], outputs[1]
     y_BCK = ops.sci(x, cast_v, scale=scale, backend=backend)
@@ -212,7 +212,7 @@ def _register() -> None:
         torch.library.impl(f"cin_fast::cpu_{stem}", "CPU", function)
         torch.library.register_fake(f"cin_fast::cpu_{stem}", fake)
     torch.library.register_autograd("cin_fast::cpu_pair", _gradient, setup_context=_context)
-    torch.library.register_autograd("cin_fast::cpu_pair_backward", ops._refuse_double_backward)
+    torch.library.register_autograd("cin_fast::cpu_pair_backward", ops.refuse_double_backward)
 
 
 _register()

@@ -74,3 +74,8 @@ def test_info_names_every_backend():
         assert any(line.startswith(backend) for line in text.splitlines())
     if not torch.cuda.is_available():
         assert "off: no CUDA device is visible" in text
+
+
+def test_an_extension_of_an_older_checkout_is_refused(cpu_extension, monkeypatch):
+    monkeypatch.setattr(dispatch, "_CPU_OPERATORS", ("later",))
+    assert "_cpu holds no later: build it again" in dispatch._load_extension("_cpu")
