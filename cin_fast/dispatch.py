@@ -163,9 +163,17 @@ def _load_extension(name: str) -> str:
         return f"cin_fast.{name} did not load: {error}"
     backend, key = ("cpu", "CPU") if name == "_cpu" else ("cuda", "CUDA")
     for stem in _OPERATORS + (_CPU_OPERATORS if backend == "cpu" else ()):
-        if not torch._C._dispatch_has_kernel_for_dispatch_key(f"cin_fast::{backend}_{stem}", key):
+        if not _has_kernel(f"cin_fast::{backend}_{stem}", key):
             return f"cin_fast.{name} holds no {stem}: build it again ({fix})"
     return ""
+
+
+def _has_kernel(operator: str, key: str) -> bool:
+    try:
+        return torch._C._dispatch_has_kernel_for_dispatch_key(operator, key)
+    except RuntimeError:
+        # Nobody has declared the operator either.
+        return False
 
 
 def _library(name: str) -> str | None:
