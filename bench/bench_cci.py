@@ -7,10 +7,9 @@ from dataclasses import replace
 from functools import lru_cache, partial
 
 import pytest
-import torch
 from cases import DEVICE, Case, pair_cases
 from compare import Entry, Work
-from operators import Problem, entry
+from operators import Problem, channel_orders, entry
 from rivals import cci_rivals, eager_cci
 from torch import Tensor
 
@@ -30,8 +29,15 @@ def problem(case: Case) -> Problem:
     """ReLU features in pairs; gradients for x and eta."""
     x_BCL = make_input("relu", (case.batch, case.channels, case.positions), case.dtype, DEVICE)
     partner, eta_B = make_pairs(case.batch, DEVICE)
-    dy_BCL = torch.randn_like(x_BCL) if case.backward else None
-    return Problem(_learned_first(eager_cci), (x_BCL, eta_B), (), partner, dy_BCL)
+    dy_BCL = make_input("randn", x_BCL.shape, case.dtype, DEVICE, seed=1) if case.backward else None
+    # The gradient of eta is one number an image.
+    orders = channel_orders(case.channels) if case.backward else ()
+    also = tuple(_learned_first(partial(_in_order, order)) for order in orders)
+    return Problem(_learned_first(eager_cci), (x_BCL, eta_B), (), partner, dy_BCL, also)
+
+
+def _in_order(order: Tensor, x_BCL: Tensor, partner: Tensor, eta_B: Tensor) -> Tensor:
+    return eager_cci(x_BCL[:, order], partner, eta_B)[:, order.argsort()]
 
 
 def prepare(case: Case, name: str) -> Entry:

@@ -28,7 +28,7 @@ def problem(case: Case) -> Problem:
     x_BCHW = make_input("relu", size, case.dtype, DEVICE)
     dy_BC = torch.randn_like(x_BCHW[..., 0, 0]) if case.backward else None
     pooled = partial(pooled_head, backend="reference")
-    return Problem(eager_head, (x_BCHW,), (weight, bias), dy=dy_BC, also=pooled)
+    return Problem(eager_head, (x_BCHW,), (weight, bias), dy=dy_BC, also=(pooled,))
 
 
 def prepare(case: Case, name: str) -> Entry:

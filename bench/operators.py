@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
 import torch
-from cases import QUICK, Case
+from cases import DEVICE, QUICK, Case
 from compare import Entry, LeftOut
 from rivals import OURS, Rival, forget_compiled
 from torch import Tensor
@@ -24,8 +24,9 @@ class Problem:
     """What the rivals of a case are called with, and the way of plain PyTorch to judge them by.
 
     ``images`` and ``shared`` get gradients where there is a ``dy``; the first axis of ``images``
-    and ``dy`` counts images. ``partner`` comes last in a call, if there is one. ``also`` is a
-    second way of plain PyTorch, which adds in another order.
+    and ``dy`` counts images. ``partner`` comes last in a call, if there is one. ``also`` are other
+    ways of plain PyTorch, which add in other orders: where a result has few numbers, the largest
+    error of one order is chance.
     """
 
     judge: Callable[..., Tensor]
@@ -33,7 +34,7 @@ class Problem:
     shared: tuple[Tensor, ...] = ()
     partner: Tensor | None = None
     dy: Tensor | None = None
-    also: Callable[..., Tensor] | None = None
+    also: tuple[Callable[..., Tensor], ...] = ()
 
     @property
     def checked(self) -> list[int]:
@@ -52,11 +53,11 @@ class Problem:
     @cached_property
     def plain(self) -> list[Tensor]:
         """Results for the checked images in plain PyTorch, each the less exact of its ways."""
-        results = run(self.judge, self.few())
-        if self.also is None:
-            return results
-        others = run(self.also, self.few())
-        return [less_exact(*trio) for trio in zip(results, others, self.exact, strict=True)]
+        ways = [run(way, self.few()) for way in (self.judge, *self.also)]
+        return [
+            least_exact(results, exact)
+            for results, exact in zip(zip(*ways, strict=True), self.exact, strict=True)
+        ]
 
     def few(self) -> Problem:
         """The checked images alone."""
@@ -119,9 +120,15 @@ def check_rule(name: str, call: Callable[..., Tensor], problem: Problem) -> None
         assert_exact_as_torch(f"{name} {what}", *trio)
 
 
-def less_exact(one: Tensor, other: Tensor, exact: Tensor) -> Tensor:
-    """Whichever is further from ``exact`` somewhere."""
-    return max(one, other, key=lambda t: (t.double() - exact).abs().max().item())
+def least_exact(results: Iterable[Tensor], exact: Tensor) -> Tensor:
+    """Whichever is furthest from ``exact`` somewhere."""
+    return max(results, key=lambda t: (t.double() - exact).abs().max().item())
+
+
+def channel_orders(channels: int) -> Iterator[Tensor]:
+    """A few orders in which the channels can be added."""
+    for seed in range(3):
+        yield torch.randperm(channels, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
 
 
 class _Compilation:
