@@ -43,6 +43,7 @@ _LEAST = 5 if DEVICE.type == "cuda" else 3
 _COMPARISON: pytest.StashKey[Comparison] = pytest.StashKey()
 _LEFT_OUT: pytest.StashKey[list[dict[str, str]]] = pytest.StashKey()
 _LOAD: pytest.StashKey[float] = pytest.StashKey()
+_COMMIT: pytest.StashKey[str] = pytest.StashKey()
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -51,6 +52,8 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(int(os.environ.get("CIN_FAST_TEST_THREADS", os.cpu_count() or 1)))
     config.stash[_LEFT_OUT] = []
     config.stash[_LOAD] = os.getloadavg()[0]
+    # Before the results of the run itself change the work tree.
+    config.stash[_COMMIT] = git_commit()
 
 
 @pytest.hookimpl(trylast=True)
@@ -174,4 +177,4 @@ def pytest_benchmark_update_json(config: pytest.Config, benchmarks: Any, output_
         name: {phase: round(seconds, 1) for phase, seconds in group.spent.items()}
         for name, group in config.stash[_COMPARISON].groups.items()
     }
-    output_json["commit"] = git_commit()
+    output_json["commit"] = config.stash[_COMMIT]
