@@ -3,7 +3,6 @@
 // A library product of this shape takes several times as long as reading w from memory does, and
 // a fresh gradient of w costs more in page faults than in arithmetic.
 
-#include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/zeros.h>
 #include <c10/util/Exception.h>
@@ -13,8 +12,8 @@
 #include <vector>
 
 #include "blocks.h"
+#include "kept_memory.h"
 #include "kernels.h"
-#include "memory.h"
 
 namespace cin_fast {
 namespace {
@@ -99,8 +98,7 @@ at::Tensor thin_linear_weight(const at::Tensor& dy_, const at::Tensor& a_) {
               " rows as a has, found ", dy_.size(0));
   const at::Tensor dy = dy_.contiguous(), a = a_.contiguous();
   const int64_t rows = a.size(0), outputs = dy.size(1), depth = a.size(1);
-  at::Tensor dw = at::empty({outputs, depth}, a.options());
-  ask_for_huge_pages(dw.mutable_data_ptr(), dw.nbytes());
+  at::Tensor dw = kept_empty({outputs, depth});
   if (rows > kMostRows) return at::mm_out(dw, dy.t(), a);
   const Kernels& isa = kernels(false);
   const float *left = dy.const_data_ptr<float>(), *right = a.const_data_ptr<float>();
