@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from cin_fast import thin
 from cin_fast.dispatch import BACKENDS
 
 _Shape = Sequence[int]
@@ -34,7 +35,7 @@ def model_flops(model: nn.Module, image_size: int, device: torch.device) -> int:
     """Floating-point operations of one image's inference: two for a multiply-add."""
     image = torch.zeros(1, 3, image_size, image_size, device=device)
     ours: dict[Any, Any] = {_operator(backend): _count_sci for backend in BACKENDS}
-    ours[torch.ops.cin_fast.cpu_thin_linear] = _count_thin_linear
+    ours[thin.OPERATOR] = _count_thin_linear
     # The counter knows the products that attention is made of, not every fused form of it.
     with (
         FlopCounterMode(display=False, custom_mapping=ours) as counter,

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.export import Dim, ExportedProgram
 
-from cin_fast import command, reference
+from cin_fast import command, reference, thin
 from cin_fast.dispatch import BACKENDS
 from cin_fast.ops import TAP_BACKENDS
 from cin_fast.trained import Trained, load_trained
@@ -91,7 +91,7 @@ def _definitions() -> dict[Any, Callable[..., Any]]:
     table |= {
         getattr(ours, f"{name}_tap_means").default: reference.tap_means for name in TAP_BACKENDS
     }
-    return table | {ours.cpu_thin_linear.default: torch.nn.functional.linear}
+    return table | {thin.OPERATOR.default: torch.nn.functional.linear}
 
 
 def _sci(x: Tensor, v: Tensor | None, scale: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -179,7 +179,11 @@ class CCI(nn.Module):
         _check_map(x, self.phi.in_channels)
         v_BC9 = tap_means(x)
         y_BC9, y_pair_BC9 = pair_columns(
-            *(x, partner, self.psi.weight, self.psi.bias, v_BC9),
+            x,
+            partner,
+            self.psi.weight,
+            self.psi.bias,
+            v_BC9,
             mean=_CENTRE_TAP,
             scale=self.scale,
             backend=self.backend,

@@ -178,9 +178,9 @@ def _backward_fake(
     psi_weight: Tensor,
     psi_bias: Tensor,
     v: Tensor,
-    *_: Any,
+    *rest: Any,
 ) -> tuple[Tensor, ...]:
-    sweep = _[-1]
+    sweep = rest[-1]
     dx, dv = (t.new_empty(t.shape if sweep else (0,)) for t in (x, v))
     dweight, dbias = (t.new_empty(t.shape) for t in (psi_weight, psi_bias))
     return dx, dweight, dbias, dv

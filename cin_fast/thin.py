@@ -106,3 +106,5 @@ def _register() -> None:
 
 
 _register()
+# For those who count operations, or export a model to plain PyTorch.
+OPERATOR = torch.ops.cin_fast.cpu_thin_linear
