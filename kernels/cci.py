@@ -45,14 +45,14 @@ def cci_forward(
     x_1, x_2 = x + one * C * X.pitch, x + two * C * X.pitch
     v_1, v_2 = v + one * C * V.pitch, v + two * C * V.pitch
     i = tl.program_id(0) * BM + tl.arange(0, BM)
-    x_1i, x_2i = load_panel(x_1, i, 0, C, X, X.held), load_panel(x_2, i, 0, C, X, X.held)
+    x_1i, x_2i = load_panel(x_1, i, 0, C, X, X), load_panel(x_2, i, 0, C, X, X)
     peak_1, peak_2 = load_row(row_max + one * C, i, C, 0.0), load_row(row_max + two * C, i, C, 0.0)
     factor_1 = 1 / load_row(row_sum + one * C, i, C, 1.0)
     factor_2 = 1 / load_row(row_sum + two * C, i, C, 1.0)
-    y_1, y_2 = zero_panel(BM, OUT.pieces), zero_panel(BM, OUT.pieces)
+    y_1, y_2 = zero_panel(BM, OUT), zero_panel(BM, OUT)
     for start in range(0, C, BN):
         j = start + tl.arange(0, BN)
-        x_1j, x_2j = load_panel(x_1, j, 0, C, X, X.held), load_panel(x_2, j, 0, C, X, X.held)
+        x_1j, x_2j = load_panel(x_1, j, 0, C, X, X), load_panel(x_2, j, 0, C, X, X)
         products_1 = product(x_1i, x_1, i, x_1j, x_1, j, C, X, PRECISION)
         products_2 = product(x_2i, x_2, i, x_2j, x_2, j, C, X, PRECISION)
         p_1 = row_weights(products_1, exponent, peak_1, factor_1, j, C)
@@ -61,8 +61,8 @@ def cci_forward(
         v_2j = span_of(x_2j, v_2, j, first, C, V, OUT)
         y_1 = add_product(y_1, tl.abs(p_1 - eta_1 * p_2), v_1j, PRECISION)
         y_2 = add_product(y_2, tl.abs(p_2 - eta_2 * p_1), v_2j, PRECISION)
-    store_panel(y + one * C * V.count, y_1, i, first, C, V.count, OUT.pieces)
-    store_panel(y + two * C * V.count, y_2, i, first, C, V.count, OUT.pieces)
+    store_panel(y + one * C * V.count, y_1, i, first, C, V.count, OUT)
+    store_panel(y + two * C * V.count, y_2, i, first, C, V.count, OUT)
 
 
 @triton.jit
@@ -96,8 +96,8 @@ def cci_delta(
     v_1, v_2 = v + one * C * V.pitch, v + two * C * V.pitch
     dy_1, dy_2 = dy + one * C * V.pitch, dy + two * C * V.pitch
     i = tl.program_id(0) * BM + tl.arange(0, BM)
-    x_1i, x_2i = load_panel(x_1, i, 0, C, X, X.held), load_panel(x_2, i, 0, C, X, X.held)
-    dy_1i, dy_2i = load_panel(dy_1, i, 0, C, V, V.held), load_panel(dy_2, i, 0, C, V, V.held)
+    x_1i, x_2i = load_panel(x_1, i, 0, C, X, X), load_panel(x_2, i, 0, C, X, X)
+    dy_1i, dy_2i = load_panel(dy_1, i, 0, C, V, V), load_panel(dy_2, i, 0, C, V, V)
     peak_1, peak_2 = load_row(row_max + one * C, i, C, 0.0), load_row(row_max + two * C, i, C, 0.0)
     factor_1 = 1 / load_row(row_sum + one * C, i, C, 1.0)
     factor_2 = 1 / load_row(row_sum + two * C, i, C, 1.0)
@@ -107,9 +107,9 @@ def cci_delta(
     deta_1, deta_2 = tl.zeros((BM,), WIDE), tl.zeros((BM,), WIDE)
     for start in range(0, C, BN):
         j = start + tl.arange(0, BN)
-        x_1j, x_2j = load_panel(x_1, j, 0, C, X, X.held), load_panel(x_2, j, 0, C, X, X.held)
-        v_1j = x_1j if V_IS_X else load_panel(v_1, j, 0, C, V, V.held)
-        v_2j = x_2j if V_IS_X else load_panel(v_2, j, 0, C, V, V.held)
+        x_1j, x_2j = load_panel(x_1, j, 0, C, X, X), load_panel(x_2, j, 0, C, X, X)
+        v_1j = x_1j if V_IS_X else load_panel(v_1, j, 0, C, V, V)
+        v_2j = x_2j if V_IS_X else load_panel(v_2, j, 0, C, V, V)
         products_1 = product(x_1i, x_1, i, x_1j, x_1, j, C, X, PRECISION)
         products_2 = product(x_2i, x_2, i, x_2j, x_2, j, C, X, PRECISION)
         p_1 = row_weights(products_1, exponent, peak_1, factor_1, j, C)
@@ -155,20 +155,20 @@ def cci_backward(
     v_1, v_2 = v + one * C * V.pitch, v + two * C * V.pitch
     dy_1, dy_2 = dy + one * C * V.pitch, dy + two * C * V.pitch
     i = tl.program_id(0) * BM + tl.arange(0, BM)
-    x_1i, x_2i = load_panel(x_1, i, 0, C, X, X.held), load_panel(x_2, i, 0, C, X, X.held)
-    dy_1i, dy_2i = load_panel(dy_1, i, 0, C, V, V.held), load_panel(dy_2, i, 0, C, V, V.held)
-    v_1i = x_1i if V_IS_X else load_panel(v_1, i, 0, C, V, V.held)
-    v_2i = x_2i if V_IS_X else load_panel(v_2, i, 0, C, V, V.held)
+    x_1i, x_2i = load_panel(x_1, i, 0, C, X, X), load_panel(x_2, i, 0, C, X, X)
+    dy_1i, dy_2i = load_panel(dy_1, i, 0, C, V, V), load_panel(dy_2, i, 0, C, V, V)
+    v_1i = x_1i if V_IS_X else load_panel(v_1, i, 0, C, V, V)
+    v_2i = x_2i if V_IS_X else load_panel(v_2, i, 0, C, V, V)
     peak_1i = load_row(row_max + one * C, i, C, 0.0)
     peak_2i = load_row(row_max + two * C, i, C, 0.0)
     factor_1i = 1 / load_row(row_sum + one * C, i, C, 1.0)
     factor_2i = 1 / load_row(row_sum + two * C, i, C, 1.0)
     delta_1i = load_delta(delta + one * C, i, C)
-    dx_1, dv_1 = zero_panel(BM, OUT_X.pieces), zero_panel(BM, OUT_V.pieces)
+    dx_1, dv_1 = zero_panel(BM, OUT_X), zero_panel(BM, OUT_V)
     for start in range(0, C, BN):
         j = start + tl.arange(0, BN)
-        x_1j, x_2j = load_panel(x_1, j, 0, C, X, X.held), load_panel(x_2, j, 0, C, X, X.held)
-        dy_1j, dy_2j = load_panel(dy_1, j, 0, C, V, V.held), load_panel(dy_2, j, 0, C, V, V.held)
+        x_1j, x_2j = load_panel(x_1, j, 0, C, X, X), load_panel(x_2, j, 0, C, X, X)
+        dy_1j, dy_2j = load_panel(dy_1, j, 0, C, V, V), load_panel(dy_2, j, 0, C, V, V)
         products_1 = product(x_1i, x_1, i, x_1j, x_1, j, C, X, PRECISION)
         products_2 = product(x_2i, x_2, i, x_2j, x_2, j, C, X, PRECISION)
         peak_1j = load_row(row_max + one * C, j, C, 0.0)
@@ -180,8 +180,8 @@ def cci_backward(
         m_1ji = tl.abs(p_1ji - eta_1 * p_2ji)
         if len(OUT_X.pieces) > 0:
             # dS_ij, from the rows' own numbers.
-            v_1j = x_1j if V_IS_X else load_panel(v_1, j, 0, C, V, V.held)
-            v_2j = x_2j if V_IS_X else load_panel(v_2, j, 0, C, V, V.held)
+            v_1j = x_1j if V_IS_X else load_panel(v_1, j, 0, C, V, V)
+            v_2j = x_2j if V_IS_X else load_panel(v_2, j, 0, C, V, V)
             p_1 = row_weights(products_1, exponent, peak_1i, factor_1i, j, C)
             p_2 = row_weights(products_2, exponent, peak_2i, factor_2i, j, C)
             dp_1, _, _, _ = weight_gradients(
@@ -207,5 +207,5 @@ def cci_backward(
                     dx_1, m_1ji, span_of(dy_1j, dy_1, j, first_x, C, X, OUT_X), PRECISION
                 )
         dv_1 = add_product(dv_1, m_1ji, span_of(dy_1j, dy_1, j, first_v, C, V, OUT_V), PRECISION)
-    store_panel(dx + one * C * X.count, dx_1, i, first_x, C, X.count, OUT_X.pieces)
-    store_panel(dv + one * C * V.count, dv_1, i, first_v, C, V.count, OUT_V.pieces)
+    store_panel(dx + one * C * X.count, dx_1, i, first_x, C, X.count, OUT_X)
+    store_panel(dv + one * C * V.count, dv_1, i, first_v, C, V.count, OUT_V)

@@ -31,12 +31,12 @@ Pieces = tuple[Piece, ...]
 class Columns:
     """The columns of a map (C, count) with ``pitch`` numbers from row to row, zeros past count.
 
-    Rows are held as a panel of the pieces ``held``, or, where that is empty, met in chunks.
+    Rows are held as a panel of the pieces, or, where there are none, met in chunks.
     """
 
     count: int
     pitch: int
-    held: Pieces
+    pieces: Pieces
     chunk: int
 
 
@@ -178,7 +178,7 @@ def out_of(columns: Columns, config: Config, *, at_hand: bool) -> Out:
     spans = -(-columns.count // config.span)
     if spans == 1:
         whole = pieces(columns.count, columns.pitch)
-        return Out(whole, sum(p.width for p in whole), 1, at_hand and whole == columns.held)
+        return Out(whole, sum(p.width for p in whole), 1, at_hand and whole == columns.pieces)
     each = -(-columns.count // spans)
     tiles = pieces(each, stop=0)
     width = sum(tile.width for tile in tiles)

@@ -43,14 +43,14 @@ def sci_forward(
     x += image * C * X.pitch
     v += image * C * V.pitch
     i = tl.program_id(0) * BM + tl.arange(0, BM)
-    x_i = load_panel(x, i, 0, C, X, X.held)
+    x_i = load_panel(x, i, 0, C, X, X)
     exponent = exponent_of(scale, x)
     peak = tl.full((BM,), FAR if NEGATIVE else -FAR, tl.float32)
     total = tl.zeros((BM,), tl.float32)
-    y_i = zero_panel(BM, OUT.pieces)
+    y_i = zero_panel(BM, OUT)
     for start in range(0, C, BN):
         j = start + tl.arange(0, BN)
-        x_j = load_panel(x, j, 0, C, X, X.held)
+        x_j = load_panel(x, j, 0, C, X, X)
         products = product(x_i, x, i, x_j, x, j, C, X, PRECISION)
         new = higher(peak, peak_of(products, j, C, NEGATIVE), NEGATIVE)
         kept = exp(peak - new, exponent)
@@ -60,7 +60,7 @@ def sci_forward(
         y_i = add_product(scaled(y_i, kept), p, v_j, PRECISION)
         peak = new
     y += image * C * V.count
-    store_panel(y, scaled(y_i, 1 / total), i, first, C, V.count, OUT.pieces)
+    store_panel(y, scaled(y_i, 1 / total), i, first, C, V.count, OUT)
     if tl.program_id(2) == 0:
         tl.store(row_max + image * C + i, peak, mask=i < C)
         tl.store(row_sum + image * C + i, total, mask=i < C)
@@ -76,13 +76,13 @@ def row_numbers(
     image = tl.program_id(1).to(tl.int64)
     x += image * C * X.pitch
     i = tl.program_id(0) * BM + tl.arange(0, BM)
-    x_i = load_panel(x, i, 0, C, X, X.held)
+    x_i = load_panel(x, i, 0, C, X, X)
     exponent = exponent_of(scale, x)
     peak = tl.full((BM,), FAR if NEGATIVE else -FAR, tl.float32)
     total = tl.zeros((BM,), tl.float32)
     for start in range(0, C, BN):
         j = start + tl.arange(0, BN)
-        x_j = load_panel(x, j, 0, C, X, X.held)
+        x_j = load_panel(x, j, 0, C, X, X)
         products = product(x_i, x, i, x_j, x, j, C, X, PRECISION)
         new = higher(peak, peak_of(products, j, C, NEGATIVE), NEGATIVE)
         kept = exp(peak - new, exponent)
@@ -108,8 +108,8 @@ def sci_delta(
     v += image * C * V.pitch
     dy += image * C * V.pitch
     i = tl.program_id(0) * BM + tl.arange(0, BM)
-    x_i = load_panel(x, i, 0, C, X, X.held)
-    dy_i = load_panel(dy, i, 0, C, V, V.held)
+    x_i = load_panel(x, i, 0, C, X, X)
+    dy_i = load_panel(dy, i, 0, C, V, V)
     exponent = exponent_of(scale, x)
     peak_i = load_row(row_max + image * C, i, C, 0.0)
     WIDE: tl.constexpr = delta.dtype.element_ty
@@ -117,8 +117,8 @@ def sci_delta(
     weighted = tl.zeros((BM,), WIDE)
     for start in range(0, C, BN):
         j = start + tl.arange(0, BN)
-        x_j = load_panel(x, j, 0, C, X, X.held)
-        v_j = x_j if V_IS_X else load_panel(v, j, 0, C, V, V.held)
+        x_j = load_panel(x, j, 0, C, X, X)
+        v_j = x_j if V_IS_X else load_panel(v, j, 0, C, V, V)
         products = product(x_i, x, i, x_j, x, j, C, X, PRECISION)
         dp = product(dy_i, dy, i, v_j, v, j, C, V, PRECISION)
         e = powers(products, exponent, peak_i, j, C).to(WIDE)
@@ -148,25 +148,25 @@ def sci_backward(
     row_sum += image * C
     delta += image * C
     i = tl.program_id(0) * BM + tl.arange(0, BM)
-    x_i = load_panel(x, i, 0, C, X, X.held)
-    v_i = x_i if V_IS_X else load_panel(v, i, 0, C, V, V.held)
-    dy_i = load_panel(dy, i, 0, C, V, V.held)
+    x_i = load_panel(x, i, 0, C, X, X)
+    v_i = x_i if V_IS_X else load_panel(v, i, 0, C, V, V)
+    dy_i = load_panel(dy, i, 0, C, V, V)
     exponent = exponent_of(scale, x)
     peak_i = load_row(row_max, i, C, 0.0)
     factor_i = 1 / load_row(row_sum, i, C, 1.0)
     delta_i = load_delta(delta, i, C)
-    dx_i = zero_panel(BM, OUT_X.pieces)
-    dv_i = zero_panel(BM, OUT_V.pieces)
+    dx_i = zero_panel(BM, OUT_X)
+    dv_i = zero_panel(BM, OUT_V)
     for start in range(0, C, BN):
         j = start + tl.arange(0, BN)
-        x_j = load_panel(x, j, 0, C, X, X.held)
-        dy_j = load_panel(dy, j, 0, C, V, V.held)
+        x_j = load_panel(x, j, 0, C, X, X)
+        dy_j = load_panel(dy, j, 0, C, V, V)
         peak_j = load_row(row_max, j, C, 0.0)
         factor_j = 1 / load_row(row_sum, j, C, float("inf"))
         products = product(x_i, x, i, x_j, x, j, C, X, PRECISION)
         p_ji = column_weights(products, exponent, peak_j, factor_j)
         if len(OUT_X.pieces) > 0:
-            v_j = x_j if V_IS_X else load_panel(v, j, 0, C, V, V.held)
+            v_j = x_j if V_IS_X else load_panel(v, j, 0, C, V, V)
             p_ij = row_weights(products, exponent, peak_i, factor_i, j, C)
             dp_ij = product(dy_i, dy, i, v_j, v, j, C, V, PRECISION)
             dp_ji = product(v_i, v, i, dy_j, dy, j, C, V, PRECISION)
@@ -178,5 +178,5 @@ def sci_backward(
                 columns = span_of(dy_j, dy, j, first_x, C, X, OUT_X)
                 dx_i = add_product(dx_i, p_ji, columns, PRECISION)
         dv_i = add_product(dv_i, p_ji, span_of(dy_j, dy, j, first_v, C, V, OUT_V), PRECISION)
-    store_panel(dx + image * C * X.count, dx_i, i, first_x, C, X.count, OUT_X.pieces)
-    store_panel(dv + image * C * V.count, dv_i, i, first_v, C, V.count, OUT_V.pieces)
+    store_panel(dx + image * C * X.count, dx_i, i, first_x, C, X.count, OUT_X)
+    store_panel(dv + image * C * V.count, dv_i, i, first_v, C, V.count, OUT_V)

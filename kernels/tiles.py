@@ -29,12 +29,12 @@ def load_tile(base, rows, columns, C: tl.constexpr, X: tl.constexpr, FULL: tl.co
 
 
 @triton.jit
-def load_panel(base, rows, first, C: tl.constexpr, X: tl.constexpr, PIECES: tl.constexpr):
-    """Rows of a map, and columns from ``first`` on, as a panel."""
+def load_panel(base, rows, first, C: tl.constexpr, X: tl.constexpr, OUT: tl.constexpr):
+    """Rows of a map, and columns from ``first`` on, as a panel of ``OUT.pieces``."""
     panel = ()
-    for n in tl.static_range(len(PIECES)):
-        columns = first + PIECES[n].start + tl.arange(0, PIECES[n].width)
-        panel = panel + (load_tile(base, rows, columns, C, X, PIECES[n].full),)
+    for n in tl.static_range(len(OUT.pieces)):
+        columns = first + OUT.pieces[n].start + tl.arange(0, OUT.pieces[n].width)
+        panel = panel + (load_tile(base, rows, columns, C, X, OUT.pieces[n].full),)
     return panel
 
 
@@ -44,28 +44,29 @@ def span_of(panel, base, rows, first, C: tl.constexpr, X: tl.constexpr, OUT: tl.
     if OUT.is_panel:
         span = panel
     else:
-        span = load_panel(base, rows, first, C, X, OUT.pieces)
+        span = load_panel(base, rows, first, C, X, OUT)
     return span
 
 
 @triton.jit
 def store_panel(
-    base, panel, rows, first, C: tl.constexpr, COLUMNS: tl.constexpr, PIECES: tl.constexpr
+    base, panel, rows, first, C: tl.constexpr, COLUMNS: tl.constexpr, OUT: tl.constexpr
 ):
     """Store rows of a (C, COLUMNS) map, from column ``first`` on."""
-    for n in tl.static_range(len(PIECES)):
-        columns = first + PIECES[n].start + tl.arange(0, PIECES[n].width)
+    for n in tl.static_range(len(OUT.pieces)):
+        columns = first + OUT.pieces[n].start + tl.arange(0, OUT.pieces[n].width)
         inside = (rows < C)[:, None] & (columns < COLUMNS)[None, :]
         where = base + rows[:, None] * COLUMNS + columns[None, :]
         tl.store(where, panel[n].to(base.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def zero_panel(ROWS: tl.constexpr, PIECES: tl.constexpr):
+def zero_panel(ROWS: tl.constexpr, OUT: tl.constexpr):
     """A panel to sum in."""
     panel = ()
-    for n in tl.static_range(len(PIECES)):
-        panel = panel + (tl.zeros((ROWS, PIECES[n].width), tl.float32),)
+    for n in tl.static_range(len(OUT.pieces)):
+        columns = tl.arange(0, OUT.pieces[n].width)
+        panel = panel + (tl.zeros((ROWS, columns.shape[0]), tl.float32),)
     return panel
 
 
@@ -94,12 +95,12 @@ def add_product(sums, weights, panel, PRECISION: tl.constexpr):
 def product(a_i, a, i, b_j, b, j, C: tl.constexpr, X: tl.constexpr, PRECISION: tl.constexpr):
     """``a_i b_j^T``, (rows i, rows j) in float32.
 
-    From panels where rows are short enough to be held (``X.held``), else chunk by chunk from the
+    From panels where rows are short enough to be held (``X.pieces``), else chunk by chunk from the
     maps a and b.
     """
     total = tl.zeros((i.shape[0], j.shape[0]), tl.float32)
-    if len(X.held) > 0:
-        for n in tl.static_range(len(X.held)):
+    if len(X.pieces) > 0:
+        for n in tl.static_range(len(X.pieces)):
             total = tl.dot(a_i[n], b_j[n].T, total, input_precision=PRECISION)
     else:
         for start in tl.range(0, X.count, X.chunk):

@@ -5,7 +5,9 @@ Reads the build that ``python setup.py build_ext --inplace`` left; needs no GPU.
 
 from __future__ import annotations
 
+import ctypes
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -188,8 +190,24 @@ def test_the_binary_names_no_unstable_symbol(library: Path) -> None:
         line for line in symbols.splitlines() if re.search(r"_ZN\w*(2at|3c10|5torch)", line)
     ]
     assert not unstable
+    # What would be null unless the linker happened to see libtorch_cuda.so.
+    assert not [line for line in symbols.splitlines() if re.search(r"\sw aoti", line)]
     assert "PyInit" not in symbols
     assert not re.search(r"\bPy[A-Z_]", symbols)
+
+
+def test_torch_tells_its_stream_to_who_asks_at_run_time(repository: Path) -> None:
+    """As binding.cpp finds the function: in a library that Python has loaded for itself alone."""
+    import torch
+
+    if not torch.backends.cuda.is_built():
+        pytest.skip("this torch is built without CUDA")
+    source = (repository / "csrc/cuda/binding.cpp").read_text()
+    library = re.search(r'dlopen\("([\w.]+)"', source)
+    function = re.search(r'dlsym\(library, "(\w+)"', source)
+    assert library
+    assert function
+    assert hasattr(ctypes.CDLL(library[1], mode=os.RTLD_NOLOAD), function[1])
 
 
 def test_the_operators_register_without_a_gpu(library: Path) -> None:

@@ -109,7 +109,7 @@ def test_delta_and_backward_sum_a_row_in_one_order(operator: str, itemsize: int)
     """Else dP - delta, exactly 0 where there is one channel, is not."""
     for positions, columns in ((196, None), (196, 9), (196, 40), (784, None), (784, 9)):
         maps = Maps(2, 65, positions, columns or positions, columns is None, itemsize)
-        cuts = {(one.constants["V"].held, one.constants["V"].chunk) for one in plan(operator, maps)}
+        cuts = {(one.constants["V"].pieces, one.constants["V"].chunk) for one in plan(operator, maps)}
         held = {pieces for pieces, _ in cuts}
         assert len(held) == 1
         assert held != {()} or len(cuts) == 1

@@ -1,6 +1,7 @@
 // The operators for torch, over its stable ABI: one binary serves every torch from 2.11 on.
 // Schemas, fakes and autograd are defined in cin_fast/ops.py; arguments were checked there.
 #include <cuda_runtime.h>
+#include <dlfcn.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -15,9 +16,6 @@
 #include <vector>
 
 #include "operators.h"
-
-// Weak: a torch without CUDA has no such function, and no tensor that could lead here.
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void**);
 
 namespace {
 
@@ -39,6 +37,21 @@ cin_fast::Dtype dtype_of(const Tensor& x) {
     default:
       STD_TORCH_CHECK(false, "cin_fast cuda: x: expected float32, bfloat16 or float16");
   }
+}
+
+// torch's function, found at run time: a torch without CUDA, for which this builds and loads, too,
+// has none, and Python loads the library that holds it out of the linker's sight.
+cudaStream_t current_stream(int32_t device) {
+  using Function = AOTITorchError(int32_t, void**);
+  static const auto function = [] {
+    void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+    return reinterpret_cast<Function*>(
+        library ? dlsym(library, "aoti_torch_get_current_cuda_stream") : nullptr);
+  }();
+  STD_TORCH_CHECK(function, "cin_fast cuda: this torch does not tell its current CUDA stream");
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(function(device, &stream));
+  return static_cast<cudaStream_t>(stream);
 }
 
 // What torch.get_float32_matmul_precision() says, through an operator that Python defines.
@@ -70,9 +83,7 @@ class Call {
       return static_cast<Call*>(owner)->allocate(bytes);
     };
     const int index = x.get_device_index();
-    void* stream = nullptr;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &stream));
-    context.stream = static_cast<cudaStream_t>(stream);
+    context.stream = current_stream(index);
     context.shared_limit = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, index);
     context.capability = attribute(cudaDevAttrComputeCapabilityMajor, index) * 10 +
                          attribute(cudaDevAttrComputeCapabilityMinor, index);
