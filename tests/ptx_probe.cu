@@ -170,7 +170,7 @@ __global__ void named_barrier(const float* from, float* to) {
   float* numbers = shared.take<float>(64);
   if (threadIdx.x >= 64) return;
   numbers[threadIdx.x] = from[threadIdx.x];
-  ptx::named_barrier<1, 64>();
+  ptx::named_barrier<64>(1);
   to[threadIdx.x] = numbers[threadIdx.x ^ 32];
 }
 

@@ -273,15 +273,15 @@ HOPPER_MUTATIONS = (
     of_a_pair(
         "trade's barrier for one warp group",
         "warpgroup.cuh",
-        "named_barrier<1, kThreads>",
-        "named_barrier<1, kThreads / 2>",
+        "named_barrier<kThreads>(1)",
+        "named_barrier<kThreads / 2>(1)",
         "race|never written",
     ),
     of_a_pair(
         "trade's barrier for too many",
         "warpgroup.cuh",
-        "named_barrier<1, kThreads>",
-        "named_barrier<1, kThreads + 32>",
+        "named_barrier<kThreads>(1)",
+        "named_barrier<kThreads + 32>(1)",
         "deadlock",
     ),
     of_a_pair(

@@ -264,8 +264,8 @@ __global__ void __launch_bounds__(kPipelineThreads, 1)
   }
   if (own == 1 && pair.is_single()) return;
   const int64_t first = images[0] * channels;
-  store_tile<Products>(p.dx + first * p.positions, acc, 1.f, 1.f, block.row, channels, 0,
-                       p.positions);
+  store_rows<Products>(p.dx + first * p.positions, acc, 1.f, 1.f, own_x.rows, 0, block.row,
+                       channels, p.positions);
   store_tile<Products>(p.dv + first * p.columns, thin, 1.f, 1.f, block.row, channels, 0, p.columns);
 #endif
 }

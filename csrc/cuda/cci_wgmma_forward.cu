@@ -234,7 +234,7 @@ __global__ void __launch_bounds__(kPipelineThreads, 1)
   ptx::wgmma_commit();
   ptx::wgmma_wait<0>();
   T* to = (own == 0 ? p.y : p.b) + static_cast<int64_t>(block.image) * channels * p.columns;
-  store_tile<Products>(to, acc, 1.f, 1.f, block.row, channels, 0, p.columns);
+  store_rows<Products>(to, acc, 1.f, 1.f, own_x.rows, 0, block.row, channels, p.columns);
 #endif
 }
 

@@ -42,16 +42,47 @@ struct Batch {
   }
 };
 
-template <class T>
-__global__ void __launch_bounds__(256)
+constexpr int kRepackThreads = 256;
+// Rows that a block of repack_kernel copies.
+constexpr int kRepackRows = 64;
+
+// To rows of `pitch` elements, zeros beyond `columns`, by pieces that neither the source's rows nor
+// its columns break.
+template <class T, class Piece>
+__global__ void __launch_bounds__(kRepackThreads)
     repack_kernel(const T* from, int64_t image_stride, int64_t row_stride, int64_t column_stride,
-                  int rows, int columns, int pitch, T* to, int64_t count) {
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (i >= count) return;
-  const int64_t row = i / pitch;
-  const int column = static_cast<int>(i % pitch);
-  const T* source = from + row / rows * image_stride + row % rows * row_stride;
-  to[i] = column < columns ? source[column * column_stride] : narrow<T>(0.f);
+                  int rows, int columns, int pitch, T* to, int row_blocks) {
+  constexpr int kElements = sizeof(Piece) / sizeof(T);
+  const int64_t image = blockIdx.x / row_blocks;
+  const int first = blockIdx.x % row_blocks * kRepackRows;
+  const int pieces = pitch / kElements, count = min(kRepackRows, rows - first) * pieces;
+  from += image * image_stride;
+  to += image * rows * pitch;
+#pragma unroll 4
+  for (int i = threadIdx.x; i < count; i += kRepackThreads) {
+    const int row = first + i / pieces, column = i % pieces * kElements;
+    Piece piece{};
+    if (column < columns)
+      piece = *reinterpret_cast<const Piece*>(from + row * row_stride + column * column_stride);
+    *reinterpret_cast<Piece*>(to + static_cast<int64_t>(row) * pitch + column) = piece;
+  }
+}
+
+// Whether pieces of that many bytes start where they have to, and end where rows do.
+template <class T>
+bool in_pieces(const View& view, int columns, int bytes) {
+  const int elements = bytes / static_cast<int>(sizeof(T));
+  return reinterpret_cast<uintptr_t>(view.data) % bytes == 0 && columns % elements == 0 &&
+         view.strides[0] % elements == 0 && view.strides[1] % elements == 0 && view.strides[2] == 1;
+}
+
+template <class Piece, class T>
+cudaError_t repack(const Context& context, const View& view, const Shape& shape, int columns,
+                   int pitch, T* to) {
+  const int row_blocks = divide_up(shape.channels, kRepackRows);
+  return launch(context, "repack", repack_kernel<T, Piece>, dim3(shape.batch * row_blocks),
+                kRepackThreads, 0, static_cast<const T*>(view.data), view.strides[0],
+                view.strides[1], view.strides[2], shape.channels, columns, pitch, to, row_blocks);
 }
 
 // The tensor as tiles can be copied from it: as it stands if its rows start on 16 bytes, or else a
@@ -71,9 +102,9 @@ cudaError_t aligned_batch(const Context& context, const View& view, const Shape&
   const int64_t count = static_cast<int64_t>(shape.batch) * shape.channels * pitch;
   T* copy = static_cast<T*>(context.allocate(context.owner, count * sizeof(T)));
   *result = {copy, shape.channels, pitch, pitch};
-  return launch(context, "repack", repack_kernel<T>,
-                dim3(static_cast<unsigned>((count + 255) / 256)), 256, 0, data, view.strides[0],
-                view.strides[1], view.strides[2], shape.channels, columns, pitch, copy, count);
+  if (in_pieces<T>(view, columns, 8))
+    return repack<uint64_t>(context, view, shape, columns, pitch, copy);
+  return repack<T>(context, view, shape, columns, pitch, copy);
 }
 
 // Columns of x that fit into shared memory, rows and tiles: 14 x 14 = 196 and 7 x 7 = 49 among

@@ -176,9 +176,9 @@ __device__ __forceinline__ void fence_proxy_async() {
 
 // Where kThreads threads, in whole warps, meet: a barrier of the block, 1 to 15, as 0 is
 // __syncthreads's.
-template <int kBarrier, int kThreads>
-__device__ __forceinline__ void named_barrier() {
-  asm volatile("bar.sync %0, %1;\n" ::"n"(kBarrier), "n"(kThreads) : "memory");
+template <int kThreads>
+__device__ __forceinline__ void named_barrier(int barrier) {
+  asm volatile("bar.sync %0, %1;\n" ::"r"(barrier), "n"(kThreads) : "memory");
 }
 
 // Moves registers from warp groups that need few to those that need many.

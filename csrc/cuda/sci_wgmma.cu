@@ -69,8 +69,13 @@ __global__ void __launch_bounds__(kPipelineThreads, 1)
   softmax.finish();
   const int row = block.row + own_row;
   const int64_t first = static_cast<int64_t>(block.image) * channels;
-  store_tile<Products>(p.y + first * p.columns, acc, Products::divisor(softmax.sum[0]),
-                       Products::divisor(softmax.sum[1]), row, channels, 0, p.columns);
+  const float divisors[2] = {Products::divisor(softmax.sum[0]), Products::divisor(softmax.sum[1])};
+  T* to = p.y + first * p.columns;
+  if constexpr (kTied)
+    store_rows<Products>(to, acc, divisors[0], divisors[1], x.rows, own_row, row, channels,
+                         p.columns);
+  else
+    store_tile<Products>(to, acc, divisors[0], divisors[1], row, channels, 0, p.columns);
   softmax.store(p.row_max + first, p.row_sum + first, row, channels);
 #endif
 }
@@ -185,7 +190,8 @@ __global__ void __launch_bounds__(kPipelineThreads, 1)
     }
     ring.release(tile);
   }
-  store_tile<Products>(p.dx + first * p.positions, acc, 1.f, 1.f, row, channels, 0, p.positions);
+  store_rows<Products>(p.dx + first * p.positions, acc, 1.f, 1.f, x.rows, own_row, row, channels,
+                       p.positions);
   if constexpr (!kTied)
     store_tile<Products>(p.dv + first * p.columns, thin, 1.f, 1.f, row, channels, 0, p.columns);
 #endif

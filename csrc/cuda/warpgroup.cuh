@@ -143,6 +143,67 @@ __device__ __forceinline__ void start_nn(float (&acc)[kColumns / 8][4], const ui
   }
 }
 
+// Sixteen rows of a tile for each warp of a group, as memory that it writes results to when the
+// tile has served.
+template <class T, int kRows, int kColumns>
+struct WarpMemory {
+  using Rows = Tile<T, kRows, kColumns>;
+  static constexpr int kPanelBytes = 16 * Rows::kPanelRow, kRestBytes = 16 * Rows::kRestRow;
+
+  unsigned char *panels, *rest;
+
+  __device__ WarpMemory(const Rows& tile, int row)
+      : panels(tile.data + (row + group_warp() * 16) * Rows::kPanelRow),
+        rest(tile.rest() + (row + group_warp() * 16) * Rows::kRestRow) {}
+
+  // A piece of up to 16 bytes, at a multiple of its size.
+  template <class Piece>
+  __device__ Piece& at(int byte) const {
+    const int panel = byte / kPanelBytes, within = byte % kPanelBytes;
+    return *reinterpret_cast<Piece*>(
+        (panel == Rows::kPanels ? rest : panels + panel * Rows::kPanelBytes) + within);
+  }
+};
+
+// acc (64 x 8 M), over a divisor for each of a thread's two rows, to rows `row` and on of a
+// contiguous rows x columns matrix. On their way the numbers pass through the warp group's rows,
+// from `own_row` on, of a tile that has served: a warp then stores its own rows as one piece of
+// memory, 16 bytes a thread, instead of scattered pairs.
+template <class Products, int M, class T, int kRows, int kColumns>
+__device__ __forceinline__ void store_rows(T* to, const float (&acc)[M][4], float low_divisor,
+                                           float high_divisor, const Tile<T, kRows, kColumns>& tile,
+                                           int own_row, int row, int rows, int columns) {
+  static_assert(8 * M == kColumns && sizeof(T) == 2, "they have room");
+  const WarpMemory<T, kRows, kColumns> memory(tile, own_row);
+  // All four warps have waited for the last wgmma that reads the tile.
+  ptx::named_barrier<kGroupThreads>(1 + threadIdx.x / kGroupThreads);
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const float divisor = half ? high_divisor : low_divisor;
+#pragma unroll
+    for (int m = 0; m < M; ++m) {
+      const int column = m * 8 + lane_column();
+      const int byte = 2 * ((lane_id() / 4 + half * 8) * columns + column);
+      const float low = Products::over(acc[m][2 * half], divisor);
+      const float high = Products::over(acc[m][2 * half + 1], divisor);
+      if (columns % 2 == 0) {
+        if (column < columns) memory.template at<uint32_t>(byte) = Products::pair(low, high);
+      } else {
+        if (column < columns) memory.template at<T>(byte) = narrow<T>(low);
+        if (column + 1 < columns) memory.template at<T>(byte + 2) = narrow<T>(high);
+      }
+    }
+  }
+  __syncwarp();
+  row += group_warp() * 16;
+  const int count = min(16, rows - row) * columns;
+  to += static_cast<int64_t>(row) * columns;
+  const int whole = reinterpret_cast<uintptr_t>(to) % 16 == 0 ? count / 8 * 8 : 0;
+  for (int i = 8 * lane_id(); i < whole; i += 8 * 32)
+    *reinterpret_cast<float4*>(to + i) = memory.template at<float4>(2 * i);
+  for (int i = whole + lane_id(); i < count; i += 32) to[i] = memory.template at<T>(2 * i);
+}
+
 // A product's result as the next one's left operand.
 template <class T, int N>
 __device__ __forceinline__ void pack(uint32_t (*packed)[4], const float (&p)[N][4]) {
@@ -274,7 +335,7 @@ struct Trade {
   __device__ const Element& taken(int tile, int i) const {
     return at(tile, i, thread() ^ kGroupThreads);
   }
-  __device__ static void meet() { ptx::named_barrier<1, kThreads>(); }
+  __device__ static void meet() { ptx::named_barrier<kThreads>(1); }
 
  private:
   __device__ static int thread() { return threadIdx.x - kGroupThreads; }

@@ -139,9 +139,9 @@ inline void bulk_copy_3d(void* destination, const TensorMap* map, uint64_t* barr
   emulation::bulk_copy(destination, *map, barrier, column, row, image, EMULATION_HERE);
 }
 
-template <int kBarrier, int kThreads>
-void named_barrier(EMULATION_SITE) {
-  emulation::named_barrier(kBarrier, kThreads, EMULATION_HERE);
+template <int kThreads>
+void named_barrier(int barrier, EMULATION_SITE) {
+  emulation::named_barrier(barrier, kThreads, EMULATION_HERE);
 }
 
 inline void fence_proxy_async() { emulation::fence_proxy_async(); }
