@@ -169,6 +169,16 @@ __device__ __forceinline__ void bulk_copy_3d(void* destination, const TensorMap*
       : "memory");
 }
 
+// Copies bytes as they lie, from 16-byte aligned memory: a multiple of 16.
+__device__ __forceinline__ void bulk_copy(void* destination, const void* source, int bytes,
+                                          uint64_t* barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];\n" ::
+          "r"(shared_address(destination)),
+      "l"(source), "r"(bytes), "r"(shared_address(barrier))
+      : "memory");
+}
+
 // Makes this thread's ordinary stores to shared memory visible to wgmma and bulk copies.
 __device__ __forceinline__ void fence_proxy_async() {
   asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory");

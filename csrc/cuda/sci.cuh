@@ -83,9 +83,11 @@ struct BackwardParameters {
 // P_ji and scale (dS_ij + dS_ji) of a tile, from x x^T, dY v^T and its mirror image; both stay in
 // the arrays of the first two.
 template <class Products, int N>
-__device__ void softmax_gradient(float (&s)[N][4], float (&dp)[N][4],
-                                 const float (&dp_mirrored)[N][4], const RowTerms (&rows)[2],
-                                 const RowTerms* of_columns, float scale, float factor) {
+__device__ __forceinline__ void softmax_gradient(float (*s)[4], float (&dp)[N][4],
+                                                 const float (*dp_mirrored)[4],
+                                                 const RowTerms (&rows)[2],
+                                                 const RowTerms* of_columns, float scale,
+                                                 float factor) {
   of_columns += lane_column();
 #pragma unroll
   for (int n = 0; n < N; ++n) {

@@ -127,11 +127,13 @@ __global__ void __launch_bounds__(kPipelineThreads, 1)
 
 template <class T, int kColumns, bool kTied>
 struct BackwardTiles {
-  static constexpr int kWidth = 64, kStages = 2, kValues = kTied ? kColumns : kThin;
-  using X = Operand<T, kConsumerRows, kWidth, kColumns, kStages>;
+  static constexpr int kWidth = 64, kStages = 2;
+  using X = Operand<T, kConsumerRows, kWidth, kColumns, kTied ? 0 : kStages>;
   using V = Operand<T, kTied ? 0 : kConsumerRows, kWidth, kThin, kTied ? 0 : kStages>;
-  using Dy = Operand<T, kConsumerRows, kWidth, kValues, kStages>;
-  static constexpr size_t kSharedBytes = pipeline_bytes<kStages, X, V, Dy>();
+  using Dy = Operand<T, kConsumerRows, kWidth, kTied ? kColumns : kThin, kTied ? 0 : kStages>;
+  using Both = Stacked<T, kWidth, kColumns, kTied ? kStages : 0>;
+  using Terms = PassingTerms<kWidth, kStages>;
+  static constexpr size_t kSharedBytes = pipeline_bytes<kStages, X, V, Dy, Both, Terms>();
 };
 
 template <class T, int kColumns, bool kTied>
@@ -141,53 +143,57 @@ __global__ void __launch_bounds__(kPipelineThreads, 1)
 #ifdef CIN_FAST_WGMMA
   using Products = HalfProducts<T>;
   using Tiles = BackwardTiles<T, kColumns, kTied>;
-  constexpr int kWidth = Tiles::kWidth, kHalf = kWidth / 2, kStages = Tiles::kStages;
+  constexpr int kWidth = Tiles::kWidth, kStages = Tiles::kStages;
   const Place block(row_blocks, kConsumerRows);
   const int channels = p.x.rows, tiles = divide_up(channels, kWidth);
+  const RowTerms* terms = p.terms + static_cast<int64_t>(block.image) * padded_rows(channels);
   SharedMemory shared;
   const typename Tiles::X x(shared, maps.x, block.image);
   const typename Tiles::V v(shared, maps.v, block.image);
   const typename Tiles::Dy dy(shared, maps.dy, block.image);
-  const auto& values = values_of<kTied>(x, v);
+  const typename Tiles::Both both(shared, maps.x, maps.dy, block.image);
+  const typename Tiles::Terms of_columns(shared, terms);
   const Ring<kStages> ring(shared);
-  if (is_producer()) return produce(ring, block.row, tiles, x, v, dy);
+  if (is_producer()) return produce(ring, block.row, tiles, x, v, dy, both, of_columns);
 
   ptx::setmaxnreg_inc<kConsumerRegisters>();
   const int own_row = consumer_row(), row = block.row + own_row;
   const int64_t first = static_cast<int64_t>(block.image) * channels;
-  const RowTerms* terms = p.terms + static_cast<int64_t>(block.image) * padded_rows(channels);
   const RowTerms of_rows[2] = {terms[row + lane_row()], terms[row + lane_row() + 8]};
   float acc[kColumns / 8][4] = {}, thin[kThin / 8][4] = {};
   ptx::mbarrier_wait(ring.rows_full, 0);
   for (int tile = 0; tile < tiles; ++tile) {
+    // S, and the mirror image of dP below it.
+    float s[kWidth / 4][4], dp[kWidth / 8][4];
+    float (*const dp_mirrored)[4] = s + kWidth / 8;
+    uint32_t ds[kWidth / 16][4], weights[kWidth / 16][4];
     ring.wait(tile);
-    // By halves: three products of a whole tile, and what they are made of, would not fit into the
-    // registers.
-#pragma unroll 1
-    for (int column = 0; column < kWidth; column += kHalf) {
-      float s[kHalf / 8][4], dp[kHalf / 8][4], dp_mirrored[kHalf / 8][4];
-      uint32_t ds[kHalf / 16][4], weights[kHalf / 16][4];
-      ptx::wgmma_fence();
-      start_nt(s, x.rows, own_row, x[tile], column);
-      start_nt(dp, dy.rows, own_row, values[tile], column);
-      start_nt(dp_mirrored, values.rows, own_row, dy[tile], column);
-      ptx::wgmma_commit();
-      ptx::wgmma_wait<0>();
-      // Holds the terms' loads back: moved up before the wait, they would take registers and spill.
-      __syncwarp();
-      softmax_gradient<Products>(s, dp, dp_mirrored, of_rows, terms + tile * kWidth + column,
-                                 p.scale, p.factor);
-      pack<T>(ds, dp);
-      pack<T>(weights, s);
-      ptx::wgmma_fence();
-      start_nn(acc, ds, x[tile], column);
-      if constexpr (kTied)
-        start_nn(acc, weights, dy[tile], column);
-      else
-        start_nn(thin, weights, dy[tile], column);
-      ptx::wgmma_commit();
-      ptx::wgmma_wait<0>();
+    ptx::wgmma_fence();
+    if constexpr (kTied) {
+      start_nt(s, x.rows, own_row, both[tile]);
+      start_nt(dp, dy.rows, own_row, both[tile]);
+    } else {
+      start_nt<kWidth / 8>(s, x.rows, own_row, x[tile]);
+      start_nt(dp, dy.rows, own_row, v[tile]);
+      start_nt<kWidth / 8>(dp_mirrored, v.rows, own_row, dy[tile]);
     }
+    ptx::wgmma_commit();
+    ptx::wgmma_wait<0>();
+    softmax_gradient<Products>(s, dp, dp_mirrored, of_rows, of_columns[tile], p.scale, p.factor);
+    pack<T>(ds, dp);
+    pack<T, kWidth / 8>(weights, s);
+    ptx::wgmma_fence();
+    if constexpr (kTied) {
+      start_nn(acc, ds, both[tile]);
+      start_nn(acc, weights, both[tile], kWidth);
+    } else {
+      start_nn(acc, ds, x[tile]);
+      start_nn(thin, weights, dy[tile]);
+    }
+    ptx::wgmma_commit();
+    ptx::wgmma_wait<0>();
+    // All lanes have read their terms before one of them gives the tile back.
+    __syncwarp();
     ring.release(tile);
   }
   store_rows<Products>(p.dx + first * p.positions, acc, 1.f, 1.f, x.rows, own_row, row, channels,

@@ -80,15 +80,17 @@ struct Tile {
 
   __device__ unsigned char* rest() const { return data + kPanels * kPanelBytes; }
 
-  // Starts the copy of rows `row` and on.
-  __device__ void load(const TileMaps& maps, uint64_t* barrier, int row, int image) const {
-    for (int r = 0; r < kRows; r += kBoxRows) {
+  // Starts the copy of a matrix's rows, `row` and on, to kCount rows of the tile, `at` and on.
+  template <int kCount = kRows>
+  __device__ void load(const TileMaps& maps, uint64_t* barrier, int row, int image,
+                       int at = 0) const {
+    for (int r = 0; r < kCount; r += kBoxRows) {
       for (int panel = 0; panel < kPanels; ++panel)
-        ptx::bulk_copy_3d(data + panel * kPanelBytes + r * kPanelRow, &maps.panels, barrier,
+        ptx::bulk_copy_3d(data + panel * kPanelBytes + (at + r) * kPanelRow, &maps.panels, barrier,
                           panel * kPanelColumns, row + r, image);
       if (kHasRest)
-        ptx::bulk_copy_3d(rest() + r * kRestRow, &maps.rest, barrier, kPanels * kPanelColumns,
-                          row + r, image);
+        ptx::bulk_copy_3d(rest() + (at + r) * kRestRow, &maps.rest, barrier,
+                          kPanels * kPanelColumns, row + r, image);
     }
   }
 
@@ -116,14 +118,19 @@ struct Tile {
 
 // s (64 x 8 N) = 64 of `rows`, from `row` on, times 8 N of `columns`, from `column` on, transposed.
 // Ends when wgmma_wait says so.
-template <class T, int N, int kRows, int kWidth, int kColumns>
-__device__ __forceinline__ void start_nt(float (&s)[N][4], const Tile<T, kRows, kColumns>& rows,
+template <int N, class T, int kRows, int kWidth, int kColumns>
+__device__ __forceinline__ void start_nt(float (*s)[4], const Tile<T, kRows, kColumns>& rows,
                                          int row, const Tile<T, kWidth, kColumns>& columns,
                                          int column = 0) {
 #pragma unroll
   for (int step = 0; step < kColumns / 16; ++step)
     ptx::wgmma_ss<T, 8 * N>(s, rows.along_rows(row, step), columns.along_rows(column, step),
                             step > 0);
+}
+
+template <int N, class... Operands>
+__device__ __forceinline__ void start_nt(float (&s)[N][4], const Operands&... operands) {
+  start_nt<N>(&s[0], operands...);
 }
 
 // acc (64 x kColumns) += p (64 x 16 N, packed) times 16 N rows of `values`, from `row` on. Ends
@@ -206,12 +213,17 @@ __device__ __forceinline__ void store_rows(T* to, const float (&acc)[M][4], floa
 
 // A product's result as the next one's left operand.
 template <class T, int N>
-__device__ __forceinline__ void pack(uint32_t (*packed)[4], const float (&p)[N][4]) {
+__device__ __forceinline__ void pack(uint32_t (*packed)[4], const float (*p)[4]) {
 #pragma unroll
   for (int n = 0; n < N; ++n) {
     packed[n / 2][n % 2 * 2] = HalfProducts<T>::pair(p[n][0], p[n][1]);
     packed[n / 2][n % 2 * 2 + 1] = HalfProducts<T>::pair(p[n][2], p[n][3]);
   }
+}
+
+template <class T, int N>
+__device__ __forceinline__ void pack(uint32_t (*packed)[4], const float (&p)[N][4]) {
+  pack<T, N>(packed, &p[0]);
 }
 
 // One operand in shared memory: the block's kRows rows of it, and kStages tiles of kWidth rows that
@@ -244,6 +256,54 @@ struct Operand {
 
   __device__ void load(uint64_t* barrier, int tile) const {
     if constexpr (kStages > 0) (*this)[tile].load(maps, barrier, tile * kWidth, image);
+  }
+};
+
+// Tiles of two operands that pass by as one, kWidth rows of the first above those of the second:
+// one wgmma then multiplies a block's rows by both. May be none.
+template <class T, int kWidth, int kColumns, int kStages>
+struct Stacked {
+  using Passing = Tile<T, 2 * kWidth, kColumns>;
+  static constexpr int kRowBytes = 0, kStageBytes = kStages > 0 ? Passing::kBytes : 0;
+  static constexpr int kBytes = kStages * kStageBytes;
+
+  const TileMaps &upper, &lower;
+  int image;
+  unsigned char* stages;
+
+  __device__ Stacked(SharedMemory& shared, const TileMaps& upper, const TileMaps& lower, int image)
+      : upper(upper), lower(lower), image(image), stages(shared.take<unsigned char>(kBytes)) {}
+
+  __device__ Passing operator[](int tile) const { return {stages + tile % kStages * kStageBytes}; }
+
+  __device__ void load_rows(uint64_t*, int) const {}
+
+  __device__ void load(uint64_t* barrier, int tile) const {
+    if constexpr (kStages > 0) {
+      (*this)[tile].template load<kWidth>(upper, barrier, tile * kWidth, image);
+      (*this)[tile].template load<kWidth>(lower, barrier, tile * kWidth, image, kWidth);
+    }
+  }
+};
+
+// The terms of an image's rows, kWidth of them with each tile.
+template <int kWidth, int kStages>
+struct PassingTerms {
+  static constexpr int kRowBytes = 0, kStageBytes = kWidth * sizeof(RowTerms);
+  static constexpr int kBytes = kStages * kStageBytes;
+
+  const RowTerms* terms;
+  RowTerms* stages;
+
+  __device__ PassingTerms(SharedMemory& shared, const RowTerms* terms)
+      : terms(terms), stages(shared.take<RowTerms>(kStages * kWidth)) {}
+
+  __device__ const RowTerms* operator[](int tile) const { return stages + tile % kStages * kWidth; }
+
+  __device__ void load_rows(uint64_t*, int) const {}
+
+  __device__ void load(uint64_t* barrier, int tile) const {
+    ptx::bulk_copy(stages + tile % kStages * kWidth, terms + tile * kWidth, kStageBytes, barrier);
   }
 };
 

@@ -19,7 +19,7 @@ constexpr size_t kGapBytes = 4096;
 constexpr size_t kGranule = 2;
 // And one for sixteen, the smallest part that the copy engine and the tensor cores touch.
 constexpr size_t kPiece = 16;
-constexpr unsigned kMaxWarps = 32, kGroupWarps = 4, kMaxGroups = kMaxWarps / kGroupWarps;
+constexpr unsigned kMaxWarps = 12, kGroupWarps = 4, kMaxGroups = kMaxWarps / kGroupWarps;
 constexpr unsigned kGroupThreads = 32 * kGroupWarps;
 
 enum class Reader : uint8_t { kNone, kThread, kWarp, kBlock };
@@ -28,8 +28,11 @@ struct Shadow {
   uint16_t writer, reader_id;
   bool written, in_flight, is_barrier;
   Reader reader;
+  // The warps that have read it since it was written, a bit each.
+  uint32_t readers;
   // Barriers of the block, and synchronisations of the warp, before the last write and read.
-  uint32_t write_block, write_warp, read_block, read_warp;
+  uint32_t write_block, write_warp, read_block;
+  std::array<uint32_t, kMaxWarps> read_warp;
   // Fences between the ordinary and the asynchronous proxy that the writer had executed before.
   uint32_t write_fences;
 };

@@ -25,22 +25,28 @@ bool write_is_unordered(const Shadow& s, const Fiber& thread, bool by_warp, cons
 
 bool read_is_unordered(const Shadow& s, const Fiber& thread, const Block& block) {
   if (s.reader == Reader::kNone || s.read_block != block.epoch) return false;
-  if (s.reader == Reader::kBlock) return true;
   if (s.reader == Reader::kThread && s.reader_id == thread.id) return false;
-  if (heard_of(s.reader_id / 32, s.read_warp, thread)) return false;
-  return !(s.reader_id / 32 == thread.id / 32 && s.read_warp < block.warps[thread.id / 32].epoch);
+  for (unsigned warp = 0; warp < kMaxWarps; ++warp) {
+    const bool same = warp == thread.id / 32 && s.read_warp[warp] < block.warps[warp].epoch;
+    if (s.readers >> warp & 1 && !same && !heard_of(warp, s.read_warp[warp], thread)) return true;
+  }
+  return false;
 }
 
 void note_read(Shadow& s, unsigned thread, bool by_warp, const Block& block) {
-  if (s.reader == Reader::kNone || s.read_block != block.epoch)
+  const unsigned warp = thread / 32;
+  if (s.reader == Reader::kNone || s.read_block != block.epoch) {
     s.reader = by_warp ? Reader::kWarp : Reader::kThread;
-  else if (s.reader_id / 32 != thread / 32)
+    s.readers = 0;
+  } else if (s.reader_id / 32 != warp) {
     s.reader = Reader::kBlock;
-  else if (s.reader == Reader::kThread && (by_warp || s.reader_id != thread))
+  } else if (s.reader == Reader::kThread && (by_warp || s.reader_id != thread)) {
     s.reader = Reader::kWarp;
-  s.reader_id = thread;
+  }
+  s.reader_id = uint16_t(thread);
   s.read_block = block.epoch;
-  s.read_warp = block.warps[thread / 32].epoch;
+  s.readers |= 1u << warp;
+  s.read_warp[warp] = block.warps[warp].epoch;
 }
 
 // Whether a thread knows that a warp group's wgmma has read its operands.

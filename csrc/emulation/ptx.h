@@ -139,6 +139,13 @@ inline void bulk_copy_3d(void* destination, const TensorMap* map, uint64_t* barr
   emulation::bulk_copy(destination, *map, barrier, column, row, image, EMULATION_HERE);
 }
 
+inline void bulk_copy(void* destination, const void* source, int bytes, uint64_t* barrier,
+                      EMULATION_SITE) {
+  // A box that is one row, unswizzled.
+  const TensorMap row{source, 1, 1, bytes / 2, bytes / 2, 1, bytes / 2, 0};
+  emulation::bulk_copy(destination, row, barrier, 0, 0, 0, EMULATION_HERE);
+}
+
 template <int kThreads>
 void named_barrier(int barrier, EMULATION_SITE) {
   emulation::named_barrier(barrier, kThreads, EMULATION_HERE);
