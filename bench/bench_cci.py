@@ -9,12 +9,12 @@ from functools import lru_cache, partial
 import pytest
 from cases import DEVICE, Case, pair_cases
 from compare import Entry, Work
-from operators import Problem, channel_orders, entry
+from operators import Problem, entry
 from rivals import cci_rivals, eager_cci
 from torch import Tensor
 
 from cin_fast.cost import sci_flops
-from cin_fast.testing import make_input, make_pairs
+from cin_fast.testing import ORDERS, in_order, make_input, make_pairs
 
 
 def _learned_first(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -30,14 +30,12 @@ def problem(case: Case) -> Problem:
     x_BCL = make_input("relu", (case.batch, case.channels, case.positions), case.dtype, DEVICE)
     partner, eta_B = make_pairs(case.batch, DEVICE)
     dy_BCL = make_input("randn", x_BCL.shape, case.dtype, DEVICE, seed=1) if case.backward else None
-    # The gradient of eta is one number an image.
-    orders = channel_orders(case.channels) if case.backward else ()
-    also = tuple(_learned_first(partial(_in_order, order)) for order in orders)
+    also = tuple(_learned_first(partial(_in_order, seed)) for seed in ORDERS)
     return Problem(_learned_first(eager_cci), (x_BCL, eta_B), (), partner, dy_BCL, also)
 
 
-def _in_order(order: Tensor, x_BCL: Tensor, partner: Tensor, eta_B: Tensor) -> Tensor:
-    return eager_cci(x_BCL[:, order], partner, eta_B)[:, order.argsort()]
+def _in_order(seed: int, x_BCL: Tensor, partner: Tensor, eta_B: Tensor) -> Tensor:
+    return in_order(lambda x, _: eager_cci(x, partner, eta_B), seed, x_BCL, None)
 
 
 def prepare(case: Case, name: str) -> Entry:
