@@ -97,7 +97,10 @@ def test_every_kernel_is_compiled_for_every_chip(kernels: list[Kernel]) -> None:
             for path in ("resident", "wgmma"):
                 found = re.findall(rf"\w+sci_{path}_{what}_kernel\w+", names)
                 assert len(found) == 8, (path, what, chip)
-        for what in ("statistics", "forward", "tied_forward", "terms", "backward"):
+        for what in (
+            *("statistics", "forward", "terms", "backward"),
+            *("tied_forward", "tied_terms", "tied_backward"),
+        ):
             assert len(re.findall(rf"\w+cci_wgmma_{what}_kernel\w+", names)) == 4, (what, chip)
 
 

@@ -135,12 +135,12 @@ def test_cci_of_resnet_maps(emulator: Emulator, columns: int | None) -> None:
 def test_cci_on_hopper(
     emulator: Emulator, kind: str, dtype: torch.dtype, columns: int | None
 ) -> None:
-    """Warp groups forward and, for thin v, backward; odd batches as above."""
+    """Warp groups, of a pair of images; odd batches as above."""
     emulator.choose(HOPPER)
-    for shape in ((1, 1, 1), (11, 17, 5), (3, 65, 33), (0, 8, 9)):
+    for shape in ((1, 1, 1), (11, 17, 5), (3, 65, 33), (3, 70, 49), (0, 8, 9)):
         x, v, dy = inputs(kind, shape, columns, dtype)
         check_cci("cuda", x, *make_pairs(shape[0]), v, dy)
-        last = "cci_wgmma_backward" if columns else "cci_backward"
+        last = "cci_wgmma_backward" if columns else "cci_wgmma_tied_backward"
         assert shape[0] == 0 or last in emulator.launched
 
 
@@ -148,7 +148,7 @@ def test_cci_on_hopper(
 def test_cci_on_hopper_goes_round_the_ring(emulator: Emulator, columns: int | None) -> None:
     """Partners that are no neighbours, one its own, more tiles of columns than stages hold."""
     emulator.choose(HOPPER)
-    for shape in ((4, 290, 64), (4, 200, 196)):
+    for shape in ((4, 290, 64), (4, 200, 196), (4, 100, 208)):
         x, v, dy = inputs("relu", shape, columns, torch.bfloat16)
         partner = torch.tensor([3, 1, 2, 0])
         check_cci("cuda", x, partner, torch.tensor([0.7, -0.4, 1.0, 0.0]), v, dy)

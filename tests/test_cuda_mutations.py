@@ -119,6 +119,7 @@ MUTATIONS = (
 
 
 BACKWARD, FORWARD = "cci_wgmma_backward.cu", "cci_wgmma_forward.cu"
+TIED = "cci_wgmma_tied_backward.cu"
 
 
 def of_warp_groups(
@@ -131,8 +132,12 @@ def of_a_pair(
     name: str, file: str, old: str, new: str, symptom: str, is_thin: bool = True
 ) -> Mutation:
     """Of cci, where both images of a pair share a block."""
-    kernels = file if file.startswith("cci") else BACKWARD
+    kernels = file if file.endswith(".cu") else BACKWARD if is_thin else TIED
     return replace(of_warp_groups(name, file, old, new, symptom, kernels), is_thin=is_thin)
+
+
+def of_tied_gradients(name: str, file: str, old: str, new: str, symptom: str) -> Mutation:
+    return of_a_pair(name, file, old, new, symptom, is_thin=False)
 
 
 HOPPER_MUTATIONS = (
@@ -174,8 +179,8 @@ HOPPER_MUTATIONS = (
     of_warp_groups(
         "too few arrivals expected",
         "warpgroup.cuh",
-        "kConsumers * kGroupThreads / 32",
-        "kConsumers",
+        "kReaders * kGroupThreads / 32",
+        "kReaders",
         "more arrivals|may still be read|in flight|deadlock",
     ),
     of_warp_groups(
@@ -294,8 +299,8 @@ HOPPER_MUTATIONS = (
     of_a_pair(
         "wait before the elements loosened",
         BACKWARD,
-        "ptx::wgmma_wait<0>();\n      contrast_gradient",
-        "ptx::wgmma_wait<1>();\n      contrast_gradient",
+        "ptx::wgmma_wait<0>();\n      contrast_gradients",
+        "ptx::wgmma_wait<1>();\n      contrast_gradients",
         "before its wait|error|disagree|not finished",
     ),
     of_a_pair(
@@ -370,6 +375,93 @@ HOPPER_MUTATIONS = (
         "ring.release(tile - 1);\n    ptx::wgmma_wait<0>();",
         "may still be read",
         is_thin=False,
+    ),
+    of_tied_gradients(
+        "terms' tile read by both warp groups",
+        TIED,
+        "int tile = own; tile < tiles; tile += kConsumers",
+        "int tile = 0; tile < tiles; ++tile",
+        "more arrivals|in flight|may still be read|error|deadlock",
+    ),
+    of_tied_gradients(
+        "terms' readers miscounted",
+        TIED,
+        "kReaders = 1;",
+        "kReaders = 2;",
+        "deadlock",
+    ),
+    of_tied_gradients(
+        "one warp group's sums alone",
+        TIED,
+        "sums.delta[i][half] + trade.taken(0, half)",
+        "sums.delta[i][half]",
+        "error",
+    ),
+    of_tied_gradients(
+        "sums' trade unawaited", TIED, "  trade.meet();\n#pragma", "#pragma", "race|never written"
+    ),
+    of_tied_gradients(
+        "turns confused",
+        "warpgroup.cuh",
+        "image, 2 * r + kTurn);",
+        "image, 2 * r + kTurn - 8);",
+        "error|never written|in flight|race",
+    ),
+    of_tied_gradients(
+        "turn of the columns before",
+        "warpgroup.cuh",
+        "const int row = tile * kWidth + r;",
+        "const int row = tile * kWidth;",
+        "error",
+    ),
+    of_tied_gradients(
+        "boxes larger than their turn",
+        TIED,
+        "encode_tile_maps(&maps.dy, p.dy, shape.batch, Backward::kHalf)",
+        "encode_tile_maps(&maps.dy, p.dy, shape.batch)",
+        "more|in flight|race|out of|bytes|error|deadlock",
+    ),
+    of_tied_gradients(
+        "row terms of the other columns",
+        TIED,
+        "{own_terms[tile] + column, other_terms[tile] + column}",
+        "{own_terms[tile] + kHalf - column, other_terms[tile] + kHalf - column}",
+        "error",
+    ),
+    of_tied_gradients(
+        "row terms of the other image",
+        TIED,
+        "const auto own_terms = own == 0 ?",
+        "const auto own_terms = own == 1 ?",
+        "error",
+    ),
+    of_tied_gradients(
+        "traded halves confused",
+        TIED,
+        "start_nn(acc, weights[1], own_tiles[tile], theirs);",
+        "start_nn(acc, weights[1], own_tiles[tile], mine);",
+        "error",
+    ),
+    of_tied_gradients(
+        "elements before their wait",
+        TIED,
+        "ptx::wgmma_wait<1>();\n    contrast_gradients",
+        "ptx::wgmma_wait<2>();\n    contrast_gradients",
+        "before its wait|error|disagree|not finished",
+    ),
+    of_tied_gradients(
+        "gradients' stage released too early",
+        TIED,
+        "ptx::wgmma_wait<0>();\n    if (tile > 0) ring.release(tile - 1);",
+        "if (tile > 0) ring.release(tile - 1);\n    ptx::wgmma_wait<0>();",
+        "may still be read",
+    ),
+    of_tied_gradients(
+        "weights taken before the meeting",
+        TIED,
+        "trade.meet();\n    take(weights[1], trade, tile);",
+        "take(weights[1], trade, tile);\n    trade.meet();",
+        "race|never written",
     ),
 )
 

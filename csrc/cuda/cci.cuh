@@ -135,7 +135,7 @@ struct Exchange {
   }
 };
 
-// Where is_wgmma(); the backward pass, where v is thin as well.
+// Where is_wgmma(); backward, one where v is thin, one where v = x.
 template <class T>
 cudaError_t wgmma_forward(const Context& context, const Shape& shape, bool tied,
                           const StatisticsParameters<T>& statistics,
@@ -143,6 +143,9 @@ cudaError_t wgmma_forward(const Context& context, const Shape& shape, bool tied,
 template <class T>
 cudaError_t wgmma_backward(const Context& context, const Shape& shape,
                            const BackwardParameters<T>& parameters);
+template <class T>
+cudaError_t wgmma_tied_backward(const Context& context, const Shape& shape,
+                                const BackwardParameters<T>& parameters);
 
 }  // namespace cci
 }  // namespace cin_fast

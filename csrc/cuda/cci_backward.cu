@@ -253,7 +253,8 @@ template <class Products>
 cudaError_t backward(const Context& context, const Shape& shape, bool tied,
                      const BackwardParameters<typename Products::Element>& p) {
   if constexpr (sizeof(typename Products::Element) == 2)
-    if (!tied && is_wgmma(context, shape, tied)) return wgmma_backward(context, shape, p);
+    if (is_wgmma(context, shape, tied))
+      return tied ? wgmma_tied_backward(context, shape, p) : wgmma_backward(context, shape, p);
   const int row_blocks = divide_up(shape.channels, kBlockRows);
   CIN_FAST_RETURN_IF_ERROR(launch(context, "cci_terms", cci_terms_kernel<Products>,
                                   dim3(shape.batch * row_blocks), kBlockThreads,

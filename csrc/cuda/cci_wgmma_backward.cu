@@ -2,7 +2,7 @@
 // the forward pass: 128 rows of both images of a pair, nothing traded. In the sweep for gradients a
 // block owns 64 rows of both, and each warp group collects one image's gradients; for half of a
 // tile's columns it computes what both images' gradients sum up, and trades the other image's.
-#include "cci.cuh"
+#include "cci_pairs.cuh"
 #include "warpgroup.cuh"
 
 namespace cin_fast {
@@ -16,42 +16,6 @@ struct TermsTiles {
   using V = Both<Operand<T, 0, kWidth, kThin, kStages>>;
   using Dy = Both<Operand<T, kConsumerRows, kWidth, kThin, 0>>;
   static constexpr size_t kSharedBytes = pipeline_bytes<kStages, X, V, Dy>();
-};
-
-// Of a lane's two rows in both images: delta_i = sum over j of P_ij dP_ij, not yet divided by the
-// row's sum, and what each row gives to the gradient of eta.
-template <class Products>
-struct PairSums {
-  float eta[2], factor;
-  RowTerms statistics[2][2];
-  float delta[2][2] = {}, deta[2][2] = {};
-
-  // From both images' tiles of x x^T and of dY v^T, of which `columns` columns exist.
-  template <int N>
-  __device__ void add(const float (&s)[2][N][4], const float (&dy_v)[2][N][4], int columns) {
-#pragma unroll
-    for (int n = 0; n < N; ++n) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        const bool exists = n * 8 + lane_column() + e % 2 < columns;
-        float power[2], weight[2], dm[2];
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          const RowTerms& row = statistics[i][e / 2];
-          const float exponent = (s[i][n][e] - row.x) * factor;
-          power[i] = Products::exponential(exists ? exponent : -INFINITY);
-          weight[i] = Products::over(power[i], row.y);
-        }
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          dm[i] = with_sign_of(contrast(weight[i], eta[i], weight[1 - i]), dy_v[i][n][e]);
-          deta[i][e / 2] -= dm[i] * weight[1 - i];
-        }
-#pragma unroll
-        for (int i = 0; i < 2; ++i) delta[i][e / 2] += power[i] * (dm[i] - eta[1 - i] * dm[1 - i]);
-      }
-    }
-  }
 };
 
 template <class T, int kColumns>
@@ -118,56 +82,6 @@ struct BackwardTiles {
   static constexpr size_t kSharedBytes = pipeline_bytes<kStages, X, Thin, Thin, Weights>();
 };
 
-// What elements of x x^T, from column tile `from` on, give to the gradients of both images: scale
-// (dS_ij + dS_ji) and |M_ji|. They stay in the arrays of dY v^T and of its mirror image. Of two
-// images [0] is one's own.
-template <class Products, int M, int N>
-__device__ __forceinline__ void contrast_gradient(
-    float (&dm)[2][N][4], float (&dm_mirrored)[2][N][4], const float (&s)[2][M][4], int from,
-    const RowTerms (&rows)[2][2], const RowTerms* const (&of_columns)[2], const float (&eta)[2],
-    float scale, float factor) {
-#pragma unroll
-  for (int n = 0; n < N; ++n) {
-#pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      // Holds the terms' loads back: moved up, all together, they would take registers and spill.
-      __syncwarp();
-      const int column = n * 8 + lane_column() + e;
-      const RowTerms of_column[2] = {of_columns[0][column], of_columns[1][column]};
-      const bool exists = of_column[0].y > 0.f;
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int k = 2 * half + e;
-        float p[2], p_mirrored[2], d[2], d_mirrored[2];
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          const RowTerms& row = rows[i][half];
-          // Chosen before the exponential, not around it: that would be a branch.
-          const float exponent = (s[i][from + n][k] - row.x) * factor;
-          const float mirrored = (s[i][from + n][k] - of_column[i].x) * factor;
-          p[i] = Products::over(Products::exponential(exists ? exponent : -INFINITY), row.y);
-          p_mirrored[i] =
-              Products::over(Products::exponential(exists ? mirrored : -INFINITY), of_column[i].y);
-        }
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          const float m = contrast(p_mirrored[i], eta[i], p_mirrored[1 - i]);
-          d[i] = with_sign_of(contrast(p[i], eta[i], p[1 - i]), dm[i][n][k]);
-          d_mirrored[i] = with_sign_of(m, dm_mirrored[i][n][k]);
-          dm_mirrored[i][n][k] = fabsf(m);
-        }
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          const float dp = d[i] - eta[1 - i] * d[1 - i];
-          const float dp_mirrored = d_mirrored[i] - eta[1 - i] * d_mirrored[1 - i];
-          dm[i][n][k] = scale * (p[i] * minus_delta<Products>(dp, rows[i][half]) +
-                                 p_mirrored[i] * minus_delta<Products>(dp_mirrored, of_column[i]));
-        }
-      }
-    }
-  }
-}
-
 // Gives the other warp group both operands' elements, and takes its for their place.
 template <int kElements, int N>
 __device__ __forceinline__ void exchange(const Trade<uint32_t, kElements>& trade, int tile,
@@ -213,15 +127,8 @@ __global__ void __launch_bounds__(kPipelineThreads, 1)
   const auto own_v = v[own], other_v = v[1 - own];
   const auto own_dy = dy[own], other_dy = dy[1 - own];
   const int64_t images[2] = {pair.image(own), pair.image(1 - own)};
-  const float eta[2] = {p.eta[images[0]], p.eta[images[1]]};
-  const RowTerms* terms[2];
-  RowTerms of_rows[2][2];
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    terms[i] = p.terms + images[i] * padded_rows(channels);
-    of_rows[i][0] = terms[i][block.row + lane_row()];
-    of_rows[i][1] = terms[i][block.row + lane_row() + 8];
-  }
+  const PairRows<Products> rows(p, images[0], images[1], block.row);
+  const RowTerms* terms[2] = {terms_of(p, images[0]), terms_of(p, images[1])};
   float acc[kColumns / 8][4] = {}, thin[kThin / 8][4] = {};
   ptx::mbarrier_wait(ring.rows_full, 0);
   for (int tile = 0; tile < tiles; ++tile) {
@@ -243,8 +150,9 @@ __global__ void __launch_bounds__(kPipelineThreads, 1)
       start_nt(dm_mirrored[1], other_v.rows, 0, other_dy[tile], at);
       ptx::wgmma_commit();
       ptx::wgmma_wait<0>();
-      contrast_gradient<Products>(dm, dm_mirrored, s, part * 2, of_rows,
-                                  {terms[0] + first, terms[1] + first}, eta, p.scale, p.factor);
+      contrast_gradients<2>({s[0] + part * 2, s[1] + part * 2}, dm,
+                            {dm_mirrored[0], dm_mirrored[1]}, rows,
+                            {terms[0] + first, terms[1] + first});
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         pack<T>(&ds[i][part], dm[i]);

@@ -44,12 +44,13 @@ struct Maps {
 };
 
 template <class T>
-cudaError_t encode_tile_maps(TileMaps* maps, const Batch<T>& batch, int images) {
+cudaError_t encode_tile_maps(TileMaps* maps, const Batch<T>& batch, int images,
+                             int box_rows = kBoxRows) {
   CIN_FAST_RETURN_IF_ERROR(encode_tensor_map(&maps->panels, batch.data, images, batch.rows,
-                                             batch.columns, batch.pitch, kBoxRows, kPanelColumns,
+                                             batch.columns, batch.pitch, box_rows, kPanelColumns,
                                              ptx::Swizzle::k128Bytes));
   return encode_tensor_map(&maps->rest, batch.data, images, batch.rows, batch.columns, batch.pitch,
-                           kBoxRows, kRestColumns, ptx::Swizzle::k32Bytes);
+                           box_rows, kRestColumns, ptx::Swizzle::k32Bytes);
 }
 
 // Tells wgmma where an operand starts and how far it is to its next parts, in bytes. A row of 16
@@ -70,7 +71,6 @@ struct Tile {
   static constexpr int kRows = kRows_, kColumns = kColumns_;
   static constexpr int kPanels = kColumns / kPanelColumns;
   static constexpr bool kHasRest = kColumns % kPanelColumns != 0;
-  static_assert(kRows % kBoxRows == 0, "whole boxes");
   static_assert(kColumns % kPanelColumns == (kHasRest ? kRestColumns : 0), "whole panels");
   static constexpr int kPanelRow = 128, kRestRow = 32;
   static constexpr int kPanelBytes = kRows * kPanelRow;
@@ -81,10 +81,11 @@ struct Tile {
   __device__ unsigned char* rest() const { return data + kPanels * kPanelBytes; }
 
   // Starts the copy of a matrix's rows, `row` and on, to kCount rows of the tile, `at` and on.
-  template <int kCount = kRows>
+  template <int kCount = kRows, int kBox = kBoxRows>
   __device__ void load(const TileMaps& maps, uint64_t* barrier, int row, int image,
                        int at = 0) const {
-    for (int r = 0; r < kCount; r += kBoxRows) {
+    static_assert(kCount % kBox == 0 && kBox % 8 == 0, "whole boxes, and turns of the swizzle");
+    for (int r = 0; r < kCount; r += kBox) {
       for (int panel = 0; panel < kPanels; ++panel)
         ptx::bulk_copy_3d(data + panel * kPanelBytes + (at + r) * kPanelRow, &maps.panels, barrier,
                           panel * kPanelColumns, row + r, image);
@@ -227,8 +228,8 @@ __device__ __forceinline__ void pack(uint32_t (*packed)[4], const float (&p)[N][
 }
 
 // One operand in shared memory: the block's kRows rows of it, and kStages tiles of kWidth rows that
-// pass by. Either may be none.
-template <class T, int kRows, int kWidth, int kColumns, int kStages>
+// pass by. Either may be none. The maps' boxes have kBox rows.
+template <class T, int kRows, int kWidth, int kColumns, int kStages, int kBox = kBoxRows>
 struct Operand {
   using Rows = Tile<T, kRows, kColumns>;
   using Passing = Tile<T, kWidth, kColumns>;
@@ -251,22 +252,24 @@ struct Operand {
   __device__ Passing operator[](int tile) const { return {stages + tile % kStages * kStageBytes}; }
 
   __device__ void load_rows(uint64_t* barrier, int row) const {
-    rows.load(maps, barrier, row, image);
+    rows.template load<kRows, kBox>(maps, barrier, row, image);
   }
 
   __device__ void load(uint64_t* barrier, int tile) const {
-    if constexpr (kStages > 0) (*this)[tile].load(maps, barrier, tile * kWidth, image);
+    if constexpr (kStages > 0)
+      (*this)[tile].template load<kWidth, kBox>(maps, barrier, tile * kWidth, image);
   }
 };
 
-// Tiles of two operands that pass by as one, kWidth rows of the first above those of the second:
-// one wgmma then multiplies a block's rows by both. May be none.
-template <class T, int kWidth, int kColumns, int kStages>
+// Tiles of two operands that pass by as one, kWidth rows of either: kTurn of the first above kTurn
+// of the second, and so on. One wgmma then multiplies a block's rows by both. May be none.
+template <class T, int kWidth, int kColumns, int kStages, int kTurn = kWidth>
 struct Stacked {
   using Passing = Tile<T, 2 * kWidth, kColumns>;
   static constexpr int kRowBytes = 0, kStageBytes = kStages > 0 ? Passing::kBytes : 0;
   static constexpr int kBytes = kStages * kStageBytes;
 
+  // Of boxes of kTurn rows.
   const TileMaps &upper, &lower;
   int image;
   unsigned char* stages;
@@ -280,8 +283,11 @@ struct Stacked {
 
   __device__ void load(uint64_t* barrier, int tile) const {
     if constexpr (kStages > 0) {
-      (*this)[tile].template load<kWidth>(upper, barrier, tile * kWidth, image);
-      (*this)[tile].template load<kWidth>(lower, barrier, tile * kWidth, image, kWidth);
+      for (int r = 0; r < kWidth; r += kTurn) {
+        const int row = tile * kWidth + r;
+        (*this)[tile].template load<kTurn, kTurn>(upper, barrier, row, image, 2 * r);
+        (*this)[tile].template load<kTurn, kTurn>(lower, barrier, row, image, 2 * r + kTurn);
+      }
     }
   }
 };
@@ -326,6 +332,9 @@ struct Both {
 
   __device__ Both(SharedMemory& shared, const TileMaps& maps, int first_image, int second_image)
       : first(shared, maps, first_image), second(shared, maps, second_image) {}
+  __device__ Both(SharedMemory& shared, const TileMaps& upper, const TileMaps& lower,
+                  int first_image, int second_image)
+      : first(shared, upper, lower, first_image), second(shared, upper, lower, second_image) {}
 
   __device__ Single operator[](int which) const { return which == 0 ? first : second; }
 
@@ -341,8 +350,9 @@ struct Both {
 };
 
 // What the block's warp groups tell each other: that its rows have come, and for each of kStages
-// sets of tiles, which pass from the producer to all consumers and back, that it is full or empty.
-template <int kStages>
+// sets of tiles, which pass from the producer to kReaders of the consumers and back, that it is
+// full or empty.
+template <int kStages, int kReaders = kConsumers>
 struct Ring {
   static constexpr int kBarriers = 1 + 2 * kStages;
 
@@ -354,7 +364,7 @@ struct Ring {
       ptx::mbarrier_init(rows_full, 1);
       for (int stage = 0; stage < kStages; ++stage) {
         ptx::mbarrier_init(full(stage), 1);
-        ptx::mbarrier_init(empty(stage), kConsumers * kGroupThreads / 32);
+        ptx::mbarrier_init(empty(stage), kReaders * kGroupThreads / 32);
       }
       ptx::fence_mbarrier_init();
     }
@@ -372,7 +382,7 @@ struct Ring {
 
   __device__ void wait(int tile) const { ptx::mbarrier_wait(full(tile), tile / kStages % 2); }
 
-  // By every warp of every consumer, once its wgmma on the tiles are finished.
+  // By every warp of every reader, once its wgmma on the tiles are finished.
   __device__ void release(int tile) const {
     if (lane_id() == 0) ptx::mbarrier_arrive(empty(tile));
   }
@@ -410,8 +420,8 @@ constexpr size_t pipeline_bytes() {
 }
 
 // The producer's work: one thread brings the block's rows, from `row` on, then tile after tile.
-template <int kStages, class... Operands>
-__device__ __forceinline__ void produce(const Ring<kStages>& ring, int row, int tiles,
+template <int kStages, int kReaders, class... Operands>
+__device__ __forceinline__ void produce(const Ring<kStages, kReaders>& ring, int row, int tiles,
                                         const Operands&... operands) {
   ptx::setmaxnreg_dec<kProducerRegisters>();
   if (threadIdx.x > 0) return;
