@@ -438,8 +438,8 @@ HOPPER_MUTATIONS = (
     of_tied_gradients(
         "traded halves confused",
         TIED,
-        "start_nn(acc, weights[1], own_tiles[tile], theirs);",
-        "start_nn(acc, weights[1], own_tiles[tile], mine);",
+        "theirs = kWidth - mine;",
+        "theirs = mine;",
         "error",
     ),
     of_tied_gradients(
