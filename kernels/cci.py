@@ -178,8 +178,22 @@ def cci_backward(
         p_1ji = column_weights(products_1, exponent, peak_1j, factor_1j)
         p_2ji = column_weights(products_2, exponent, peak_2j, factor_2j)
         m_1ji = tl.abs(p_1ji - eta_1 * p_2ji)
+        dv_1 = add_product(dv_1, m_1ji, span_of(dy_1j, dy_1, j, first_v, C, V, OUT_V), PRECISION)
+        # The columns' part is over before the rows' begins: registers hold one at a time.
         if len(OUT_X.pieces) > 0:
-            # dS_ij, from the rows' own numbers.
+            if V_IS_X:
+                dx_1 = add_product(
+                    dx_1, m_1ji, span_of(dy_1j, dy_1, j, first_x, C, X, OUT_X), PRECISION
+                )
+            # dS_ji, from the numbers of rows j.
+            dp_1, _, _, _ = weight_gradients(
+                p_1ji, p_2ji,
+                product(v_1i, v_1, i, dy_1j, dy_1, j, C, V, PRECISION),
+                product(v_2i, v_2, i, dy_2j, dy_2, j, C, V, PRECISION),
+                eta_1, eta_2,
+            )  # fmt: skip
+            ds_1 = through_softmax(p_1ji, dp_1, load_delta(delta + one * C, j, C), 0)
+            # dS_ij, from those of rows i.
             v_1j = x_1j if V_IS_X else load_panel(v_1, j, 0, C, V, V)
             v_2j = x_2j if V_IS_X else load_panel(v_2, j, 0, C, V, V)
             p_1 = row_weights(products_1, exponent, peak_1i, factor_1i, j, C)
@@ -190,22 +204,9 @@ def cci_backward(
                 product(dy_2i, dy_2, i, v_2j, v_2, j, C, V, PRECISION),
                 eta_1, eta_2,
             )  # fmt: skip
-            ds_1 = through_softmax(p_1, dp_1, delta_1i, 1)
-            # dS_ji, from those of rows j.
-            dp_1, _, _, _ = weight_gradients(
-                p_1ji, p_2ji,
-                product(v_1i, v_1, i, dy_1j, dy_1, j, C, V, PRECISION),
-                product(v_2i, v_2, i, dy_2j, dy_2, j, C, V, PRECISION),
-                eta_1, eta_2,
-            )  # fmt: skip
-            ds_1 += through_softmax(p_1ji, dp_1, load_delta(delta + one * C, j, C), 0)
+            ds_1 += through_softmax(p_1, dp_1, delta_1i, 1)
             dx_1 = add_product(
                 dx_1, scale * ds_1, span_of(x_1j, x_1, j, first_x, C, X, OUT_X), PRECISION
             )
-            if V_IS_X:
-                dx_1 = add_product(
-                    dx_1, m_1ji, span_of(dy_1j, dy_1, j, first_x, C, X, OUT_X), PRECISION
-                )
-        dv_1 = add_product(dv_1, m_1ji, span_of(dy_1j, dy_1, j, first_v, C, V, OUT_V), PRECISION)
     store_panel(dx + one * C * X.count, dx_1, i, first_x, C, X.count, OUT_X)
     store_panel(dv + one * C * V.count, dv_1, i, first_v, C, V.count, OUT_V)

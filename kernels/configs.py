@@ -93,12 +93,12 @@ CONFIGS: dict[tuple[str, Numbers, Kind], Config] = {
     ("cci_delta", "half", "long"): Config(64, 32, 8, 2, 16, 0, 32),
     ("cci_backward", "half", "long"): Config(64, 32, 8, 2, 64, 0, 32),
     ("sci_forward", "single", "long"): Config(32, 32, 4, 2, 64, 0, 32),
-    ("row_numbers", "single", "long"): Config(32, 32, 4, 2, 16, 0, 32),
+    ("row_numbers", "single", "long"): Config(32, 64, 4, 2, 16, 0, 32),
     ("sci_delta", "single", "long"): Config(32, 32, 4, 2, 16, 0, 32),
     ("sci_backward", "single", "long"): Config(32, 32, 4, 2, 128, 0, 32),
     ("cci_forward", "single", "long"): Config(32, 32, 4, 2, 64, 0, 32),
     ("cci_delta", "single", "long"): Config(32, 32, 4, 2, 16, 0, 32),
-    ("cci_backward", "single", "long"): Config(32, 32, 4, 1, 32, 0, 32),
+    ("cci_backward", "single", "long"): Config(32, 16, 4, 1, 32, 0, 32),
 }
 
 

@@ -71,6 +71,25 @@ def test_products_use_the_units_they_mean(
         assert one.async_copies > 0
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("compiled")
+def test_float32_rows_are_summed_in_blocks() -> None:
+    """Each chunk of a product begins at 0 and is added to the total, in the compiler's own words.
+
+    Left alone, the compiler makes the total the accumulator: one long sum, much less exact.
+    """
+    jobs = report.jobs((90,), [("fp32", "ieee", report.Shape(512, 784))])
+    (job,) = (job for job in jobs if job.launch.kernel == "sci_delta")
+    code = report.build(job).asm["ttgir"]
+    assert code.count("tt.dot ") == 2, "x x^T and dy v^T"
+    sums = re.findall(
+        r"(%\w+) = tt\.dot %\w+, %\w+, (%\w+) .*\n +%\w+ = arith\.addf %arg\d+, \1 ", code
+    )
+    assert len(sums) == 2
+    for _, start in sums:
+        assert re.search(rf"{start} = arith\.constant dense<0\.0+e\+00>", code)
+
+
 def test_positions_are_not_padded_to_a_power_of_two() -> None:
     assert [piece.width for piece in pieces(196, 196)] == [128, 64, 16]
     assert [piece.width for piece in pieces(9, 16)] == [16]
@@ -109,7 +128,9 @@ def test_delta_and_backward_sum_a_row_in_one_order(operator: str, itemsize: int)
     """Else dP - delta, exactly 0 where there is one channel, is not."""
     for positions, columns in ((196, None), (196, 9), (196, 40), (784, None), (784, 9)):
         maps = Maps(2, 65, positions, columns or positions, columns is None, itemsize)
-        cuts = {(one.constants["V"].pieces, one.constants["V"].chunk) for one in plan(operator, maps)}
+        cuts = {
+            (one.constants["V"].pieces, one.constants["V"].chunk) for one in plan(operator, maps)
+        }
         held = {pieces for pieces, _ in cuts}
         assert len(held) == 1
         assert held != {()} or len(cuts) == 1
