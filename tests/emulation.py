@@ -34,11 +34,14 @@ class EmulationError(RuntimeError):
     """What the emulation found wrong, with the file and line of the kernel's code."""
 
 
+_CHIP = ("float32_products", "shared_limit", "capability", "multiprocessors")
+
+
 class _Call(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_int) for name in ("dtype", "batch", "channels", "positions", "columns")),
         ("scale", ctypes.c_float),
-        *((name, ctypes.c_int) for name in ("float32_products", "shared_limit", "capability")),
+        *((name, ctypes.c_int) for name in _CHIP),
     )
 
 
@@ -109,6 +112,8 @@ class Emulator:
         # How warps and blocks take turns: 0 forward, 1 backward, from 2 on a seed.
         self.order = 0
         self.float32_products = "highest"
+        # So few that no wave of blocks leaves half of them idle.
+        self.multiprocessors = 1
         self.choose(AMPERE)
         # Of the last call: cycles lost to bank conflicts, and the kernels that ran. Of all calls:
         # which kernels ran with how many bytes of shared memory a block.
@@ -209,6 +214,7 @@ class _Arguments:
             int(emulator.float32_products != "highest"),
             emulator.shared_limit,
             emulator.capability,
+            emulator.multiprocessors,
         )
         self._library.emulation_reset(emulator.order, emulator.shared_limit)
         self._storage: list[Tensor] = []

@@ -87,6 +87,7 @@ class Call {
     context.shared_limit = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, index);
     context.capability = attribute(cudaDevAttrComputeCapabilityMajor, index) * 10 +
                          attribute(cudaDevAttrComputeCapabilityMinor, index);
+    context.multiprocessors = attribute(cudaDevAttrMultiProcessorCount, index);
     STD_TORCH_CHECK(context.capability >= 80,
                     "cin_fast cuda: it needs compute capability 8.0, found ",
                     context.capability / 10, ".", context.capability % 10);

@@ -33,8 +33,9 @@ struct Shape {
 // Where and how to run; allocate() returns device memory that outlives the launches.
 struct Context {
   cudaStream_t stream;
-  // The most dynamic shared memory that a block may have, and the compute capability times ten.
-  int shared_limit, capability;
+  // The most dynamic shared memory that a block may have, the compute capability times ten, and how
+  // many blocks that fill a multiprocessor run at once.
+  int shared_limit, capability, multiprocessors;
   Float32Products float32_products;
   void* (*allocate)(void* owner, size_t bytes);
   void* owner;

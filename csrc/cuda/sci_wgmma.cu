@@ -16,15 +16,43 @@ struct ForwardTiles {
   static constexpr size_t kSharedBytes = pipeline_bytes<kStages, X, V>();
 };
 
+// Makes one result of a half block's two. False leaves the consumer nothing to do.
+template <class Products, int M>
+__device__ __forceinline__ bool merge(const Share& own, unsigned char* tiles,
+                                      RunningSoftmax<Products>& softmax, float (&acc)[M][4]) {
+  const Merger merger(tiles);
+  merger.meet();
+  if (own.is_second()) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      merger.at(half) = softmax.peak[half];
+      merger.at(2 + half) = softmax.sum[half];
+    }
+    merger.give(4, acc);
+  }
+  merger.meet();
+  if (own.is_second()) return false;
+  const float peak[2] = {merger.at(0), merger.at(1)}, sum[2] = {merger.at(2), merger.at(3)};
+  softmax.merge(peak, sum, [&](int half, float mine, float theirs) {
+#pragma unroll
+    for (int m = 0; m < M; ++m) {
+#pragma unroll
+      for (int i = 2 * half; i < 2 * half + 2; ++i)
+        acc[m][i] = acc[m][i] * mine + merger.at(4 + 4 * m + i) * theirs;
+    }
+  });
+  return true;
+}
+
 template <class T, int kColumns, bool kTied>
 __global__ void __launch_bounds__(kPipelineThreads, 1)
     sci_wgmma_forward_kernel(const __grid_constant__ Maps maps, ForwardParameters<T> p,
-                             int row_blocks) {
+                             RowBlocks blocks) {
 #ifdef CIN_FAST_WGMMA
   using Products = HalfProducts<T>;
   using Tiles = ForwardTiles<T, kColumns, kTied>;
   constexpr int kWidth = Tiles::kWidth, kStages = Tiles::kStages;
-  const Place block(row_blocks, kConsumerRows);
+  const Place block(blocks);
   const int channels = p.x.rows, tiles = divide_up(channels, kWidth);
   SharedMemory shared;
   const typename Tiles::X x(shared, maps.x, block.image);
@@ -34,45 +62,47 @@ __global__ void __launch_bounds__(kPipelineThreads, 1)
   if (is_producer()) return produce(ring, block.row, tiles, x, v);
 
   ptx::setmaxnreg_inc<kConsumerRegisters>();
-  const int own_row = consumer_row();
+  const Share own(block);
   RunningSoftmax<Products> softmax(p.factor);
   float acc[Tiles::kValues / 8][4] = {};
   float s[kWidth / 8][4], shrink[2];
   uint32_t weights[kWidth / 16][4];
   ptx::mbarrier_wait(ring.rows_full, 0);
-  ring.wait(0);
+  int tile = own.begin(ring);
+  ring.wait(tile);
   ptx::wgmma_fence();
-  start_nt(s, x.rows, own_row, x[0]);
+  start_nt(s, x.rows, own.row, x[tile]);
   ptx::wgmma_commit();
   ptx::wgmma_wait<0>();
-  softmax.weigh(s, shrink, channels);
+  softmax.weigh(s, shrink, channels - tile * kWidth);
   pack<T>(weights, s);
   // While a tile's weights are computed, those of the tile before are multiplied.
-  for (int tile = 1; tile < tiles; ++tile) {
-    ring.wait(tile);
+  for (int next; (next = own.after(ring, tile, tiles)) < tiles; tile = next) {
+    ring.wait(next);
     ptx::wgmma_fence();
-    start_nt(s, x.rows, own_row, x[tile]);
+    start_nt(s, x.rows, own.row, x[next]);
     ptx::wgmma_commit();
-    start_nn(acc, weights, values[tile - 1]);
+    start_nn(acc, weights, values[tile]);
     ptx::wgmma_commit();
     ptx::wgmma_wait<1>();
-    softmax.weigh(s, shrink, channels - tile * kWidth);
+    softmax.weigh(s, shrink, channels - next * kWidth);
     ptx::wgmma_wait<0>();
-    ring.release(tile - 1);
+    ring.release(tile);
     softmax.rescale(acc, shrink);
     pack<T>(weights, s);
   }
   ptx::wgmma_fence();
-  start_nn(acc, weights, values[tiles - 1]);
+  start_nn(acc, weights, values[tile]);
   ptx::wgmma_commit();
   ptx::wgmma_wait<0>();
+  if (block.is_half && !merge(own, x.stages, softmax, acc)) return;
   softmax.finish();
-  const int row = block.row + own_row;
+  const int row = block.row + own.row;
   const int64_t first = static_cast<int64_t>(block.image) * channels;
   const float divisors[2] = {Products::divisor(softmax.sum[0]), Products::divisor(softmax.sum[1])};
   T* to = p.y + first * p.columns;
   if constexpr (kTied)
-    store_rows<Products>(to, acc, divisors[0], divisors[1], x.rows, own_row, row, channels,
+    store_rows<Products>(to, acc, divisors[0], divisors[1], x.rows, own.row, row, channels,
                          p.columns);
   else
     store_tile<Products>(to, acc, divisors[0], divisors[1], row, channels, 0, p.columns);
@@ -92,11 +122,11 @@ struct TermsTiles {
 template <class T, int kColumns, bool kTied>
 __global__ void __launch_bounds__(kPipelineThreads, 1)
     sci_wgmma_terms_kernel(const __grid_constant__ Maps maps, TermsParameters<T> p,
-                           int row_blocks) {
+                           RowBlocks blocks) {
 #ifdef CIN_FAST_WGMMA
   using Tiles = TermsTiles<T, kColumns, kTied>;
   constexpr int kWidth = Tiles::kWidth, kStages = Tiles::kStages;
-  const Place block(row_blocks, kConsumerRows);
+  const Place block(blocks);
   const int channels = p.x.rows, tiles = divide_up(channels, kWidth);
   SharedMemory shared;
   const typename Tiles::X x(shared, maps.x, block.image);
@@ -107,19 +137,32 @@ __global__ void __launch_bounds__(kPipelineThreads, 1)
   if (is_producer()) return produce(ring, block.row, tiles, x, v, dy);
 
   ptx::setmaxnreg_inc<kConsumerRegisters>();
-  const int own_row = consumer_row(), row = block.row + own_row;
+  const Share own(block);
+  const int row = block.row + own.row;
   RowSums<HalfProducts<T>> sums(p, block.image, row, channels);
   ptx::mbarrier_wait(ring.rows_full, 0);
-  for (int tile = 0; tile < tiles; ++tile) {
+  for (int tile = own.begin(ring); tile < tiles; tile = own.after(ring, tile, tiles)) {
     float s[kWidth / 8][4], dp[kWidth / 8][4];
     ring.wait(tile);
     ptx::wgmma_fence();
-    start_nt(s, x.rows, own_row, x[tile]);
-    start_nt(dp, dy.rows, own_row, values[tile]);
+    start_nt(s, x.rows, own.row, x[tile]);
+    start_nt(dp, dy.rows, own.row, values[tile]);
     ptx::wgmma_commit();
     ptx::wgmma_wait<0>();
     ring.release(tile);
     sums.add(s, dp, channels - tile * kWidth);
+  }
+  if (block.is_half) {
+    const Merger merger(x.stages);
+    merger.meet();
+    if (own.is_second()) {
+      merger.at(0) = sums.delta[0];
+      merger.at(1) = sums.delta[1];
+    }
+    merger.meet();
+    if (own.is_second()) return;
+    sums.delta[0] += merger.at(0);
+    sums.delta[1] += merger.at(1);
   }
   sums.store(p, block.image, row, channels);
 #endif
@@ -139,12 +182,12 @@ struct BackwardTiles {
 template <class T, int kColumns, bool kTied>
 __global__ void __launch_bounds__(kPipelineThreads, 1)
     sci_wgmma_backward_kernel(const __grid_constant__ Maps maps, BackwardParameters<T> p,
-                              int row_blocks) {
+                              RowBlocks blocks) {
 #ifdef CIN_FAST_WGMMA
   using Products = HalfProducts<T>;
   using Tiles = BackwardTiles<T, kColumns, kTied>;
   constexpr int kWidth = Tiles::kWidth, kStages = Tiles::kStages;
-  const Place block(row_blocks, kConsumerRows);
+  const Place block(blocks);
   const int channels = p.x.rows, tiles = divide_up(channels, kWidth);
   const RowTerms* terms = p.terms + static_cast<int64_t>(block.image) * padded_rows(channels);
   SharedMemory shared;
@@ -157,12 +200,13 @@ __global__ void __launch_bounds__(kPipelineThreads, 1)
   if (is_producer()) return produce(ring, block.row, tiles, x, v, dy, both, of_columns);
 
   ptx::setmaxnreg_inc<kConsumerRegisters>();
-  const int own_row = consumer_row(), row = block.row + own_row;
+  const Share own(block);
+  const int row = block.row + own.row;
   const int64_t first = static_cast<int64_t>(block.image) * channels;
   const RowTerms of_rows[2] = {terms[row + lane_row()], terms[row + lane_row() + 8]};
   float acc[kColumns / 8][4] = {}, thin[kThin / 8][4] = {};
   ptx::mbarrier_wait(ring.rows_full, 0);
-  for (int tile = 0; tile < tiles; ++tile) {
+  for (int tile = own.begin(ring); tile < tiles; tile = own.after(ring, tile, tiles)) {
     // S, and the mirror image of dP below it.
     float s[kWidth / 4][4], dp[kWidth / 8][4];
     float (*const dp_mirrored)[4] = s + kWidth / 8;
@@ -170,12 +214,12 @@ __global__ void __launch_bounds__(kPipelineThreads, 1)
     ring.wait(tile);
     ptx::wgmma_fence();
     if constexpr (kTied) {
-      start_nt(s, x.rows, own_row, both[tile]);
-      start_nt(dp, dy.rows, own_row, both[tile]);
+      start_nt(s, x.rows, own.row, both[tile]);
+      start_nt(dp, dy.rows, own.row, both[tile]);
     } else {
-      start_nt<kWidth / 8>(s, x.rows, own_row, x[tile]);
-      start_nt(dp, dy.rows, own_row, v[tile]);
-      start_nt<kWidth / 8>(dp_mirrored, v.rows, own_row, dy[tile]);
+      start_nt<kWidth / 8>(s, x.rows, own.row, x[tile]);
+      start_nt(dp, dy.rows, own.row, v[tile]);
+      start_nt<kWidth / 8>(dp_mirrored, v.rows, own.row, dy[tile]);
     }
     ptx::wgmma_commit();
     ptx::wgmma_wait<0>();
@@ -196,7 +240,19 @@ __global__ void __launch_bounds__(kPipelineThreads, 1)
     __syncwarp();
     ring.release(tile);
   }
-  store_rows<Products>(p.dx + first * p.positions, acc, 1.f, 1.f, x.rows, own_row, row, channels,
+  if (block.is_half) {
+    const Merger merger(kTied ? both.stages : x.stages), thin_merger(v.stages);
+    merger.meet();
+    if (own.is_second()) {
+      merger.give(0, acc);
+      if constexpr (!kTied) thin_merger.give(0, thin);
+    }
+    merger.meet();
+    if (own.is_second()) return;
+    merger.add_to(acc, 0);
+    if constexpr (!kTied) thin_merger.add_to(thin, 0);
+  }
+  store_rows<Products>(p.dx + first * p.positions, acc, 1.f, 1.f, x.rows, own.row, row, channels,
                        p.positions);
   if constexpr (!kTied)
     store_tile<Products>(p.dv + first * p.columns, thin, 1.f, 1.f, row, channels, 0, p.columns);
@@ -212,9 +268,9 @@ cudaError_t wgmma_forward(const Context& context, const Shape& shape, bool tied,
   CIN_FAST_RETURN_IF_ERROR(encode_tile_maps(&maps.x, p.x, shape.batch));
   CIN_FAST_RETURN_IF_ERROR(encode_tile_maps(&maps.v, p.v, shape.batch));
   return with_columns(shape, tied, [&]<int kColumns, bool kTied>() {
-    return launch_row_blocks(context, shape, kConsumerRows, "sci_wgmma_forward",
-                             sci_wgmma_forward_kernel<T, kColumns, kTied>,
-                             ForwardTiles<T, kColumns, kTied>::kSharedBytes, maps, p);
+    return launch_balanced(context, shape, "sci_wgmma_forward",
+                           sci_wgmma_forward_kernel<T, kColumns, kTied>,
+                           ForwardTiles<T, kColumns, kTied>::kSharedBytes, maps, p);
   });
 }
 
@@ -226,13 +282,12 @@ cudaError_t wgmma_backward(const Context& context, const Shape& shape, bool tied
   CIN_FAST_RETURN_IF_ERROR(encode_tile_maps(&maps.v, p.v, shape.batch));
   CIN_FAST_RETURN_IF_ERROR(encode_tile_maps(&maps.dy, p.dy, shape.batch));
   return with_columns(shape, tied, [&]<int kColumns, bool kTied>() {
-    CIN_FAST_RETURN_IF_ERROR(launch_row_blocks(context, shape, kConsumerRows, "sci_wgmma_terms",
-                                               sci_wgmma_terms_kernel<T, kColumns, kTied>,
-                                               TermsTiles<T, kColumns, kTied>::kSharedBytes, maps,
-                                               terms));
-    return launch_row_blocks(context, shape, kConsumerRows, "sci_wgmma_backward",
-                             sci_wgmma_backward_kernel<T, kColumns, kTied>,
-                             BackwardTiles<T, kColumns, kTied>::kSharedBytes, maps, p);
+    CIN_FAST_RETURN_IF_ERROR(launch_balanced(
+        context, shape, "sci_wgmma_terms", sci_wgmma_terms_kernel<T, kColumns, kTied>,
+        TermsTiles<T, kColumns, kTied>::kSharedBytes, maps, terms));
+    return launch_balanced(context, shape, "sci_wgmma_backward",
+                           sci_wgmma_backward_kernel<T, kColumns, kTied>,
+                           BackwardTiles<T, kColumns, kTied>::kSharedBytes, maps, p);
   });
 }
 

@@ -7,11 +7,6 @@
 
 namespace cin_fast {
 
-__device__ __forceinline__ float quad_max(float value) {
-  value = fmaxf(value, __shfl_xor_sync(~0u, value, 1));
-  return fmaxf(value, __shfl_xor_sync(~0u, value, 2));
-}
-
 template <class Number>
 __device__ __forceinline__ Number quad_sum(Number value) {
   value += __shfl_xor_sync(~0u, value, 1);
@@ -22,32 +17,49 @@ __device__ __forceinline__ Number quad_sum(Number value) {
 // until finish() adds up the four lanes of a row.
 template <class Products>
 struct RunningSoftmax {
-  // Elements count with this sign, so that the largest weight is at the largest of them.
-  float sign, steepness;
-  float peak[2] = {-INFINITY, -INFINITY};
-  float sum[2] = {0.f, 0.f};
+  // The peak is the least element where the factor is negative.
+  float factor, peak[2], sum[2] = {0.f, 0.f};
 
-  __device__ explicit RunningSoftmax(float factor)
-      : sign(factor < 0.f ? -1.f : 1.f), steepness(fabsf(factor)) {}
+  __device__ explicit RunningSoftmax(float factor) : factor(factor) {
+    peak[0] = peak[1] = nothing();
+  }
+
+  // An element whose weight is 0.
+  __device__ float nothing() const { return factor < 0.f ? INFINITY : -INFINITY; }
+
+  __device__ float further(float one, float other) const {
+    return factor < 0.f ? fminf(one, other) : fmaxf(one, other);
+  }
 
   // Turns elements of x x^T into weights, not yet divided by their sum; `shrink` brings what was
   // accumulated before to the new peak. `columns` counts the tile's columns that exist.
   template <int N>
   __device__ void weigh(float (&s)[N][4], float (&shrink)[2], int columns) {
-    float higher[2] = {peak[0], peak[1]};
+    if (columns < 8 * N) {
 #pragma unroll
-    for (int n = 0; n < N; ++n) {
+      for (int n = 0; n < N; ++n) {
 #pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        const bool exists = n * 8 + lane_column() + e % 2 < columns;
-        s[n][e] = exists ? sign * s[n][e] : -INFINITY;
-        higher[e / 2] = fmaxf(higher[e / 2], s[n][e]);
+        for (int e = 0; e < 4; ++e) {
+          const bool exists = n * 8 + lane_column() + e % 2 < columns;
+          s[n][e] = exists ? s[n][e] : nothing();
+        }
       }
+    }
+    float higher[2] = {peak[0], peak[1]};
+    // One branch for all elements, not a choice for each.
+    if (factor < 0.f) {
+#pragma unroll
+      for (int i = 0; i < 4 * N; ++i) higher[i % 4 / 2] = fminf(higher[i % 4 / 2], s[i / 4][i % 4]);
+    } else {
+#pragma unroll
+      for (int i = 0; i < 4 * N; ++i) higher[i % 4 / 2] = fmaxf(higher[i % 4 / 2], s[i / 4][i % 4]);
     }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      higher[half] = quad_max(higher[half]);
-      shrink[half] = Products::exponential((peak[half] - higher[half]) * steepness);
+      // Of the four lanes that share a row.
+      higher[half] = further(higher[half], __shfl_xor_sync(~0u, higher[half], 1));
+      higher[half] = further(higher[half], __shfl_xor_sync(~0u, higher[half], 2));
+      shrink[half] = Products::exponential((peak[half] - higher[half]) * factor);
       peak[half] = higher[half];
       sum[half] *= shrink[half];
     }
@@ -55,7 +67,7 @@ struct RunningSoftmax {
     for (int n = 0; n < N; ++n) {
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        s[n][e] = Products::exponential((s[n][e] - peak[e / 2]) * steepness);
+        s[n][e] = Products::exponential((s[n][e] - peak[e / 2]) * factor);
         sum[e / 2] += s[n][e];
       }
     }
@@ -70,10 +82,28 @@ struct RunningSoftmax {
 
   template <int M>
   __device__ static void rescale(float (&acc)[M][4], const float (&shrink)[2]) {
+    // Peaks soon stay where they are.
+    if (shrink[0] == 1.f && shrink[1] == 1.f) return;
 #pragma unroll
     for (int m = 0; m < M; ++m) {
 #pragma unroll
       for (int e = 0; e < 4; ++e) acc[m][e] *= shrink[e / 2];
+    }
+  }
+
+  // Takes in what was seen of other columns: `rescale(half, own, other)` brings both sides' sums of
+  // a row to the common peak.
+  template <class Rescale>
+  __device__ void merge(const float (&other_peak)[2], const float (&other_sum)[2],
+                        const Rescale& rescale_both) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float higher = further(peak[half], other_peak[half]);
+      const float own = Products::exponential((peak[half] - higher) * factor);
+      const float other = Products::exponential((other_peak[half] - higher) * factor);
+      peak[half] = higher;
+      sum[half] = sum[half] * own + other_sum[half] * other;
+      rescale_both(half, own, other);
     }
   }
 
@@ -88,7 +118,7 @@ struct RunningSoftmax {
     for (int half = 0; half < 2; ++half) {
       const int r = row + lane_row() + half * 8;
       if (r >= rows) continue;
-      row_max[r] = sign * peak[half];
+      row_max[r] = peak[half];
       row_sum[r] = sum[half];
     }
   }

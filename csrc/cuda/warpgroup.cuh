@@ -14,18 +14,47 @@ constexpr int kPipelineThreads = (1 + kConsumers) * kGroupThreads;
 constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
 
 __device__ __forceinline__ bool is_producer() { return threadIdx.x < kGroupThreads; }
-// The first of a consumer's rows among the block's. Through a shuffle, the compiler learns that it
-// is the warp's, not the thread's, and keeps what follows from it out of the threads' registers.
+// Through a shuffle, the compiler learns that a number is the warp's, not the thread's, and keeps
+// what follows from it out of the threads' registers.
+__device__ __forceinline__ int of_warp(int number) { return __shfl_sync(~0u, number, 0); }
+// The first of a consumer's rows among the block's.
 __device__ __forceinline__ int consumer_row() {
-  return (__shfl_sync(~0u, static_cast<int>(threadIdx.x / kGroupThreads), 0) - 1) * kBlockRows;
+  return (of_warp(threadIdx.x / kGroupThreads) - 1) * kBlockRows;
 }
+
+// The blocks of a launch: the first own kConsumerRows rows of an image. Those that would leave half
+// of the multiprocessors idle in the last wave are halved: 64 rows each, whose tiles of columns the
+// two consumers take in turns.
+struct RowBlocks {
+  int per_image, whole, all;
+
+  RowBlocks(const Context& context, const Shape& shape)
+      : per_image(divide_up(shape.channels, kConsumerRows)), whole(shape.batch * per_image) {
+    const int last_wave = whole % context.multiprocessors;
+    // So that there are two tiles at least.
+    if (shape.channels > kConsumerRows && 2 * last_wave <= context.multiprocessors)
+      whole -= last_wave;
+    all = whole + 2 * (shape.batch * per_image - whole);
+  }
+};
 
 // The image and the first row of a block.
 struct Place {
-  int image, row;
+  // Unsigned, so that nothing extends its sign: that took a register.
+  unsigned image;
+  int row;
+  bool is_half = false;
 
   __device__ Place(int row_blocks, int rows)
       : image(blockIdx.x / row_blocks), row(blockIdx.x % row_blocks * rows) {}
+
+  __device__ explicit Place(const RowBlocks& blocks) {
+    const int index = blockIdx.x, half = index - blocks.whole;
+    is_half = half >= 0;
+    const int block = is_half ? blocks.whole + half / 2 : index;
+    image = of_warp(block / blocks.per_image);
+    row = of_warp(block % blocks.per_image * kConsumerRows) + (is_half ? half % 2 * kBlockRows : 0);
+  }
 };
 
 // A panel is 64 columns of a tile, in rows of 128 bytes. What is left of 208 columns, and a thin
@@ -382,10 +411,73 @@ struct Ring {
 
   __device__ void wait(int tile) const { ptx::mbarrier_wait(full(tile), tile / kStages % 2); }
 
+  // A tile that is not this consumer's. It has to be full first: a consumer that gave it back a
+  // round ahead of the other would be counted twice.
+  __device__ void pass(int tile) const {
+    wait(tile);
+    release(tile);
+  }
+
   // By every warp of every reader, once its wgmma on the tiles are finished.
   __device__ void release(int tile) const {
     if (lane_id() == 0) ptx::mbarrier_arrive(empty(tile));
   }
+};
+
+// What a consumer does of a block: its rows, from `row` on among the block's, by all tiles; or, of
+// a half block, 64 rows by every other tile.
+struct Share {
+  bool is_half;
+  int row;
+
+  __device__ explicit Share(const Place& block)
+      : is_half(block.is_half), row(block.is_half ? 0 : consumer_row()) {}
+
+  // Not kept, as it would take a register from the loops.
+  __device__ bool is_second() const { return is_half && consumer_row() > 0; }
+
+  // The first of its tiles, and the one after a tile. The other's are given back on the way.
+  template <int kStages>
+  __device__ int begin(const Ring<kStages>& ring) const {
+    if (!is_second()) return 0;
+    ring.pass(0);
+    return 1;
+  }
+  template <int kStages>
+  __device__ int after(const Ring<kStages>& ring, int tile, int tiles) const {
+    if (!is_half) return tile + 1;
+    if (tile + 1 < tiles) ring.pass(tile + 1);
+    return tile + 2;
+  }
+};
+
+// Where the consumers of a half block, each with its sums over half of the columns, become one: the
+// second hands its numbers over, in memory that tiles have lain in, and is done.
+struct Merger {
+  static constexpr int kThreads = kConsumers * kGroupThreads;
+
+  float* numbers;
+
+  __device__ explicit Merger(unsigned char* tiles)
+      : numbers(reinterpret_cast<float*>(tiles) + group_thread()) {}
+
+  // The i-th number of a thread, and of the other consumer's same thread.
+  __device__ float& at(int i) const { return numbers[i * kGroupThreads]; }
+
+  template <int M>
+  __device__ void give(int first, const float (&sums)[M][4]) const {
+#pragma unroll
+    for (int i = 0; i < 4 * M; ++i) at(first + i) = sums[i / 4][i % 4];
+  }
+
+  template <int M>
+  __device__ void add_to(float (&sums)[M][4], int first) const {
+#pragma unroll
+    for (int i = 0; i < 4 * M; ++i) sums[i / 4][i % 4] += at(first + i);
+  }
+
+  // Before numbers are given, so that nobody multiplies tiles any more, and before they are taken.
+  __device__ static void meet() { ptx::named_barrier<kThreads>(1); }
 };
 
 // Through shared memory the two consumers hand each other kElements of every thread: thread t of
@@ -431,6 +523,15 @@ __device__ __forceinline__ void produce(const Ring<kStages, kReaders>& ring, int
     ring.refill(tile, (Operands::kStageBytes + ...));
     (operands.load(ring.full(tile), tile), ...);
   }
+}
+
+template <class... Parameters, class P>
+cudaError_t launch_balanced(const Context& context, const Shape& shape, const char* name,
+                            void (*kernel)(Parameters...), size_t shared_bytes, const Maps& maps,
+                            const P& p) {
+  const RowBlocks blocks(context, shape);
+  return launch(context, name, kernel, dim3(blocks.all), kPipelineThreads, shared_bytes, maps, p,
+                blocks);
 }
 
 // A block for every `rows` rows of every image.

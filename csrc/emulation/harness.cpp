@@ -30,6 +30,7 @@ cin_fast::Context context_of(Workspace& workspace, const EmulationCall& call) {
   return {nullptr,
           call.shared_limit,
           call.capability,
+          call.multiprocessors,
           cin_fast::Float32Products(call.float32_products),
           Workspace::allocate,
           &workspace};
