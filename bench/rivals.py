@@ -60,7 +60,8 @@ def sdpa_sci(x_BCL: Tensor) -> Tensor:
 def eager_cci(x_BCL: Tensor, partner: Tensor, eta_B: Tensor) -> Tensor:
     """Eq. 5 and 6 with whole matrices."""
     weights_BCC = torch.softmax(torch.bmm(-x_BCL, x_BCL.transpose(1, 2)), -1)
-    return torch.bmm((weights_BCC - eta_B[:, None, None] * weights_BCC[partner]).abs(), x_BCL)
+    eta_B11 = eta_B.to(x_BCL.dtype)[:, None, None]
+    return torch.bmm((weights_BCC - eta_B11 * weights_BCC[partner]).abs(), x_BCL)
 
 
 class Phi(NamedTuple):
