@@ -56,7 +56,8 @@ Stage = tuple[Step, ...]
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a step ended: ``passed``, ``failed``, ``timed out`` or ``did not start``.
+    """How a step ended: ``passed``, ``skipped`` (all of it), ``failed``, ``timed out``, ``did not
+    start``.
 
     ``tail`` is the end of what it printed, of a step that passed the reasons of skips alone.
     """
@@ -205,13 +206,16 @@ def _outcome(step: Step, status: str, started: float, output: str) -> Outcome:
     output = _without_paths(output)
     lines = [line for line in output.splitlines() if line.strip()]
     skips = [line for line in lines if line.startswith("SKIPPED")]
+    summary = lines[-1].strip("= ") if lines else "no output"
+    if status == "passed" and skips and " passed" not in summary:
+        status = "skipped"
     return Outcome(
         name=step.name,
         status=status,
         seconds=round(time.monotonic() - started, 1),
         command=_without_paths(" ".join(step.command)),
-        summary=lines[-1].strip("= ") if lines else "no output",
-        tail="\n".join(skips) if status == "passed" else output[-TAIL:],
+        summary=summary,
+        tail="\n".join(skips) if status in ("passed", "skipped") else output[-TAIL:],
         measured=measured(ROOT / step.json) if step.json else {},
     )
 

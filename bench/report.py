@@ -2,7 +2,8 @@
 
 Writes ``results.json`` (every round), ``README.md`` (the full table), ``time.png`` and
 ``roofline.png`` into ``bench/results/MACHINE/``. ``--readme`` writes the performance section of
-the README from what bench/results holds, with or without a new run.
+the README from what bench/results holds, with or without a new run. ``--gpu`` prints the table of
+a ``gpu.json`` (``make gpu``), and writes that section and the one of docs/kernels.md.
 """
 
 from __future__ import annotations
@@ -10,13 +11,14 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+import gpu_report  # noqa: E402
 from results_file import (  # noqa: E402
     ATTENTION,
     OURS,
@@ -37,6 +39,7 @@ kernel that uses the symmetry of x x^T may show more than it executed. Peak memo
 holds beyond what was held before, results included."""
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 README = ROOT / "README.md"
+KERNELS = ROOT / "docs" / "kernels.md"
 RESULTS = ROOT / "bench" / "results"
 NOTHING = """No table stands here until one is committed from a machine that did nothing else;
 `make bench` takes about ten minutes, and `make bench-report` writes this section from it."""
@@ -221,8 +224,27 @@ def targets_table(targets: dict[str, Any]) -> str:
 def readme_section(results: Path) -> str:
     """What stands between the README's marks, from every machine's folder in ``results``."""
     parts = [part for folder in sorted(results.glob("*/")) for part in _machine_section(folder)]
-    gpu = any((f / "results.json").exists() for f in results.glob("nvidia*"))
-    paragraphs = [*(parts or [NOTHING]), *([] if gpu else [NO_GPU])]
+    gpu = _gpu_paragraphs(results, gpu_report.readme_paragraphs)
+    return _section([*(parts or [NOTHING]), *gpu])
+
+
+def kernels_section(results: Path) -> str:
+    """What stands between the marks of docs/kernels.md, from every GPU's folder."""
+    return _section(_gpu_paragraphs(results, gpu_report.kernels_paragraphs))
+
+
+def _gpu_paragraphs(
+    results: Path, paragraphs: Callable[[gpu_report.GpuRun, str], list[str]]
+) -> list[str]:
+    found = [
+        part
+        for path in sorted(results.glob("*/gpu.json"))
+        for part in paragraphs(gpu_report.load(path), f"bench/results/{path.parent.name}")
+    ]
+    return found or [NO_GPU]
+
+
+def _section(paragraphs: Sequence[str]) -> str:
     return "\n".join([BEGIN, "\n\n".join(filter(None, paragraphs)), END])
 
 
@@ -268,8 +290,8 @@ def _run_section(run: Run, where: str) -> list[str]:
     ]
 
 
-def replace_section(text: str, section: str) -> str:
-    """``text`` with the part between the marks replaced.
+def replace_section(text: str, section: str, name: str = "README.md") -> str:
+    """``text``, of the file ``name``, with the part between the marks replaced.
 
     Raises:
         ValueError: if the marks are not there.
@@ -277,7 +299,7 @@ def replace_section(text: str, section: str) -> str:
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
-        raise ValueError(f"README.md holds no {BEGIN} ... {END}")
+        raise ValueError(f"{name} holds no {BEGIN} ... {END}")
     return before + section + after
 
 
@@ -301,6 +323,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python bench/report.py", description=__doc__)
     parser.add_argument("run", type=Path, nargs="?", help="what --benchmark-json wrote")
     parser.add_argument("--output", type=Path, help="(default: bench/results/MACHINE)")
+    parser.add_argument("--gpu", type=Path, help="a gpu.json: its table, and what says so in docs")
     parser.add_argument("--readme", action="store_true", help="write the README's section, too")
     options = parser.parse_args(argv)
     if options.run is not None:
@@ -314,7 +337,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 2
         for path in write(run, options.output or RESULTS / run.machine["folder"]):
             print(path)
-    if options.readme:
+    if options.gpu is not None:
+        try:
+            print(gpu_report.table(gpu_report.load(options.gpu)))
+        except (OSError, ValueError) as error:
+            print(f"report: error: {options.gpu}: no run of make gpu ({error})", file=sys.stderr)
+            return 2
+        text = KERNELS.read_text()
+        KERNELS.write_text(replace_section(text, kernels_section(RESULTS), KERNELS.name))
+    if options.readme or options.gpu is not None:
         README.write_text(replace_section(README.read_text(), readme_section(RESULTS)))
         print(README)
     return 0

@@ -148,6 +148,102 @@ def test_the_readme_says_what_the_committed_results_say(bench, repository):
     assert report.replace_section(text, section) == text
 
 
+def test_the_kernels_document_says_what_the_committed_gpu_results_say(bench, repository):
+    report = bench("report")
+    text = (repository / "docs" / "kernels.md").read_text()
+    section = report.kernels_section(repository / "bench" / "results")
+    assert report.replace_section(text, section) == text
+
+
+def make_gpu_run():
+    """Of ``make gpu``: a forward pass, one with gradients, and a pair that only ours could do."""
+
+    def part(group, flops, ceiling, left_out=(), **seconds):
+        rivals = {name.replace("_", "-"): {"seconds": s} for name, s in seconds.items()}
+        return {
+            "groups": {group: {"flops": flops, "dtype": "bfloat16", "rivals": rivals}},
+            "ceilings": {"bfloat16": {"flops": ceiling, "bytes": 3e12}},
+            "left_out": [{"group": group, "rival": r, "reason": why} for r, why in left_out],
+        }
+
+    shape = "resnet50-448 B20 C2048 L196 bfloat16"
+    why = (("sdpa-cudnn", "no kernel"), ("cpu", "needs a CPU tensor"))
+    parts = {
+        "bench sci": part(f"sci: {shape} forward", 1e11, 5e14, why,
+                          eager=2e-3, sdpa_flash=1e-3, reference=1e-4, triton=8e-4, cuda=5e-4),
+        "bench head": part(f"head: {shape} forward + backward", 1e11, 8e14,
+                           eager=4e-3, triton=1e-3),
+        "bench cci": part(f"cci: {shape} forward", 1e11, 6e14, cuda=1e-3),
+    }  # fmt: skip
+    steps = [
+        {"name": name, "status": "passed", "summary": "2 passed", "measured": one}
+        for name, one in parts.items()
+    ]
+    steps.append({"name": "racecheck", "status": "timed out", "summary": "slow", "measured": {}})
+    return {
+        "device": "A GPU", "driver": "5", "commit": "abc", "date": "2026-01-02", "steps": steps,
+        "versions": {"torch": "1", "triton": "2", "cuda (torch)": "3"},
+    }  # fmt: skip
+
+
+@pytest.fixture
+def gpu_results(tmp_path):
+    path = tmp_path / "results" / "a-gpu" / "gpu.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps(make_gpu_run()))
+    return path
+
+
+def test_the_gpu_table_has_a_row_an_operator_and_direction(bench, gpu_results):
+    gpu_report = bench("gpu_report")
+    rows = gpu_report.table(gpu_report.load(gpu_results)).splitlines()[2:]
+    # The best ceiling of the three counts: 1e11 operations in 0.5 ms of 8e14 a second.
+    assert rows == [
+        "| dense `sci`, bfloat16, forward | 1.000 (sdpa-flash) | 0.800 | 0.500 | 2.00 | 25% |",
+        "| head, pooled, bfloat16, forward + backward | 4.000 (eager) | 1.000 | - | 4.00 | 12% |",
+        "| dense `cci`, bfloat16, forward | - | - | 1.000 | - | 12% |",
+    ]
+
+
+def test_the_gpu_report_says_where_who_had_no_turn_and_how_steps_ended(bench, gpu_results):
+    section = bench("report").kernels_section(gpu_results.parent.parent)
+    assert "A GPU, driver 5; torch 1, triton 2, CUDA 3; cin_fast abc, 2026-01-02;" in section
+    assert "bfloat16 product 800 TFLOP/s, copy 3000 GB/s" in section
+    left_out = "- Left out: sdpa-cudnn (sci: resnet50-448 B20 C2048 L196 bfloat16 forward): no"
+    assert left_out in section
+    assert "cpu" not in section
+    assert "- Not run, as each shape takes up to a minute: compiled, flex" in section
+    assert "- racecheck: timed out (slow)" in section
+
+
+def test_the_gpu_report_writes_both_documents(bench, gpu_results, monkeypatch, capsys):
+    report, folder = bench("report"), gpu_results.parent.parent
+    for name in ("README", "KERNELS"):
+        path = folder / f"{name}.md"
+        path.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+        monkeypatch.setattr(report, name, path)
+    monkeypatch.setattr(report, "RESULTS", folder)
+    assert report.main(["--gpu", str(gpu_results)]) == 0
+    assert "1.000 (sdpa-flash) | 0.800 | 0.500" in capsys.readouterr().out
+    readme, kernels = ((folder / f"{name}.md").read_text() for name in ("README", "KERNELS"))
+    row = "| dense `sci`, bfloat16, forward | 1.000 (sdpa-flash) | 0.500 (cuda) | 2.00 |"
+    assert row in readme
+    assert "A GPU, driver 5; torch 1" in readme
+    assert report.NO_GPU not in readme + kernels
+    assert "| 0.800 | 0.500 | 2.00 | 25% |" in kernels
+    assert kernels.startswith("before\n")
+    assert kernels.endswith("\nafter\n")
+
+
+@pytest.mark.parametrize("run", [None, "{}", "[]", "{"])
+def test_what_is_no_gpu_run_is_refused_in_one_line(bench, tmp_path, capsys, run):
+    path = tmp_path / "gpu.json"
+    if run is not None:
+        path.write_text(run)
+    assert bench("report").main(["--gpu", str(path)]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
 def test_a_case_is_judged_in_the_shape_that_is_timed(bench):
     operators, rivals = bench("operators"), bench("rivals")
     x = torch.relu(torch.randn(6, 12, 5))

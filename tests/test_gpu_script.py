@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -84,6 +85,15 @@ def test_an_interrupted_step_may_write_what_it_knows(gpu: ModuleType) -> None:
     code = "import time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('kept')"
     outcome = gpu.run_step(step(gpu, "slow", code), gpu.GRACE + 2.0)
     assert (outcome.status, outcome.summary) == ("timed out", "kept")
+
+
+def test_what_only_skipped_has_not_passed(gpu: ModuleType) -> None:
+    def outcome(summary: str) -> Any:
+        return gpu.run_step(step(gpu, "tests", f"print('SKIPPED why'); print({summary!r})"), 30.0)
+
+    assert outcome("3 skipped in 1s").status == "skipped"
+    assert outcome("1 passed, 2 skipped in 1s").status == "passed"
+    assert outcome("1 passed, 2 skipped in 1s").tail == "SKIPPED why"
 
 
 def test_what_is_published_names_no_folder(gpu: ModuleType) -> None:

@@ -1,0 +1,208 @@
+"""Tables of what ``make gpu`` measured: from a machine's ``gpu.json`` to Markdown."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+OURS = ("triton", "cuda")
+_NO_RIVAL = (*OURS, "cpu", "reference")
+# Left out of a run that is short of time.
+_SLOW_TO_COMPILE = ("compiled", "flex")
+_TITLES = {"sci": "dense `sci`", "head": "head, pooled", "cci": "dense `cci`"}
+
+
+@dataclass(frozen=True)
+class Group:
+    """The rivals of one operator and direction: seconds by name, and what a call computes."""
+
+    name: str
+    flops: float
+    dtype: str
+    seconds: dict[str, float]
+
+    @property
+    def title(self) -> str:
+        """Operator, dtype and direction."""
+        subject, _, case = self.name.partition(": ")
+        _, _, direction = case.partition(f" {self.dtype} ")
+        return f"{_TITLES.get(subject, subject)}, {self.dtype}, {direction}"
+
+    @property
+    def shape(self) -> str:
+        """Name, B, C and L."""
+        return self.name.partition(": ")[2].partition(f" {self.dtype} ")[0]
+
+    @property
+    def ours(self) -> str:
+        """The faster of our backends; empty if none was measured."""
+        return self._fastest(*OURS)
+
+    @property
+    def rival(self) -> str:
+        """The fastest of the others; empty if none was measured."""
+        return self._fastest(*(name for name in self.seconds if name not in _NO_RIVAL))
+
+    @property
+    def ratio(self) -> str:
+        """How many times as fast ours is, by medians."""
+        if not self.ours or not self.rival:
+            return "-"
+        return f"{self.seconds[self.rival] / self.seconds[self.ours]:.2f}"
+
+    def milliseconds(self, name: str) -> str:
+        """The median of one; ``-`` if it was not measured."""
+        return f"{1e3 * self.seconds[name]:.3f}" if name in self.seconds else "-"
+
+    def named(self, name: str) -> str:
+        """Milliseconds and whose they are."""
+        return f"{self.milliseconds(name)} ({name})" if name else "-"
+
+    def _fastest(self, *names: str) -> str:
+        measured = [name for name in names if name in self.seconds]
+        return min(measured, key=self.seconds.__getitem__, default="")
+
+
+@dataclass(frozen=True)
+class GpuRun:
+    """A ``gpu.json``: ``about`` names device and versions, ``steps`` say how each ended."""
+
+    about: dict[str, Any]
+    steps: list[dict[str, Any]]
+    groups: list[Group]
+    ceilings: dict[str, dict[str, float]]
+    left_out: list[dict[str, str]]
+
+    def share(self, group: Group) -> str:
+        """Of the largest matrix product that the run measured in the group's dtype, ours."""
+        if not group.ours or group.dtype not in self.ceilings:
+            return "-"
+        reached = group.flops / group.seconds[group.ours]
+        return f"{reached / self.ceilings[group.dtype]['flops']:.0%}"
+
+
+def load(path: Path) -> GpuRun:
+    """Reads a ``gpu.json``.
+
+    Raises:
+        OSError: if there is none.
+        ValueError: if it is something else.
+    """
+    about = json.loads(path.read_text())
+    try:
+        steps = about.pop("steps")
+        found = [step["measured"] for step in steps if step["measured"]]
+        groups = [
+            Group(name, one["flops"], one["dtype"], _seconds(one["rivals"]))
+            for part in found
+            for name, one in part["groups"].items()
+        ]
+        left_out = [one for part in found for one in part["left_out"]]
+        return GpuRun(about, steps, groups, _best([one["ceilings"] for one in found]), left_out)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: not written by make gpu ({error!r})") from error
+
+
+def _seconds(rivals: dict[str, dict[str, float]]) -> dict[str, float]:
+    return {name: one["seconds"] for name, one in rivals.items()}
+
+
+def _best(parts: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, float]]:
+    """The highest of each ceiling, as each benchmark measured them."""
+    best: dict[str, dict[str, float]] = {}
+    for part in parts:
+        for dtype, values in part.items():
+            known = best.setdefault(dtype, dict(values))
+            known.update({key: max(known[key], value) for key, value in values.items()})
+    return best
+
+
+def machine_line(run: GpuRun) -> str:
+    """Device, driver, versions, commit, and the ceilings of the same run."""
+    about, versions = run.about, run.about["versions"]
+    products = [
+        f"{name} product {one['flops'] / 1e12:.0f} TFLOP/s" for name, one in run.ceilings.items()
+    ]
+    copies = [one["bytes"] for one in run.ceilings.values()]
+    ceilings = [*products, *([f"copy {max(copies) / 1e9:.0f} GB/s"] if copies else [])]
+    return (
+        f"{about['device']}, driver {about['driver']}; torch {versions['torch']}, triton "
+        f"{versions['triton']}, CUDA {versions['cuda (torch)']}; cin_fast {about['commit']}, "
+        f"{about['date']}; measured in the same run: {', '.join(ceilings) or 'no ceiling'}."
+    )
+
+
+def table(run: GpuRun) -> str:
+    """Everybody's milliseconds, a row an operator and direction."""
+    header = ("", "fastest rival, ms", "triton, ms", "cuda, ms", "times as fast",
+              "share of the product")  # fmt: skip
+    rows = [
+        (group.title, group.named(group.rival), *map(group.milliseconds, OURS), group.ratio,
+         run.share(group))
+        for group in run.groups
+    ]  # fmt: skip
+    return _markdown(header, rows)
+
+
+def short_table(run: GpuRun) -> str:
+    """The fastest rival beside the faster of ours."""
+    header = ("", "fastest rival, ms", "ours, ms", "times as fast")
+    rows = [
+        (group.title, group.named(group.rival), group.named(group.ours), group.ratio)
+        for group in run.groups
+    ]
+    return _markdown(header, rows)
+
+
+def _markdown(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    if not rows:
+        return ""
+    rule = ("---", *("---:" for _ in header[1:]))
+    return "\n".join(f"| {' | '.join(row)} |" for row in (header, rule, *rows))
+
+
+def readme_paragraphs(run: GpuRun, where: str) -> list[str]:
+    """What the README says of a GPU; ``where`` is its folder."""
+    shapes = ", ".join(dict.fromkeys(group.shape for group in run.groups))
+    return [
+        f"On a GPU: {machine_line(run)}",
+        short_table(run),
+        (
+            f"Medians, L2 emptied before every call; {shapes or 'nothing measured'}. Every rival "
+            "and how each check ended: [docs/kernels.md](docs/kernels.md#measured) and "
+            f"[{where}/gpu.json]({where}/gpu.json). To repeat: `make gpu` (at most 9 minutes)."
+        ),
+    ]
+
+
+def kernels_paragraphs(run: GpuRun, where: str) -> list[str]:
+    """What docs/kernels.md says of a GPU: the table, who had no turn, how every step ended."""
+    return [
+        machine_line(run),
+        table(run),
+        (
+            "Medians; the ratio and the share are the faster backend's. Products are counted as "
+            "written (`sci`: 4 C²L an image forward, 10 C²L more backward), so a share counts "
+            f"useful operations. Spreads and memory: `{where}/gpu.json`."
+        ),
+        "\n".join(_left_out(run)),
+        "\n".join(f"- {one['name']}: {one['status']} ({one['summary']})" for one in run.steps),
+    ]
+
+
+def _left_out(run: GpuRun) -> list[str]:
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for one in run.left_out:
+        if one["rival"] not in _NO_RIVAL:
+            reasons.setdefault((one["rival"], one["reason"]), []).append(one["group"])
+    lines = [
+        f"- Left out: {rival} ({', '.join(groups)}): {reason}"
+        for (rival, reason), groups in reasons.items()
+    ]
+    seen = {one["rival"] for one in run.left_out}.union(*(one.seconds for one in run.groups))
+    missing = [name for name in _SLOW_TO_COMPILE if name not in seen]
+    if missing and run.groups:
+        lines.append(f"- Not run, as each shape takes up to a minute: {', '.join(missing)}")
+    return lines
