@@ -30,14 +30,12 @@ constexpr size_t shared_bytes(std::initializer_list<size_t> pieces) {
   return total;
 }
 
-// Images one after another, each a Matrix; but of twins, only every second row starts on 16 bytes,
-// and beyond a row's last column the next row begins.
+// Images one after another, each a Matrix.
 template <class T>
 struct Batch {
   const T* data;
   int rows, columns;
   int64_t pitch;
-  bool twins = false;
 
   __host__ __device__ Matrix<T> image(int64_t i) const {
     return {data + i * rows * pitch, rows, columns, pitch};
@@ -87,24 +85,23 @@ cudaError_t repack(const Context& context, const View& view, const Shape& shape,
                 view.strides[1], view.strides[2], shape.channels, columns, pitch, to, row_blocks);
 }
 
-// The tensor as tiles can be copied from it: as it stands if its rows start on 16 bytes, or, where
-// twins will do, every second row; or else a copy whose rows do.
+// The tensor as tiles can be copied from it: as it stands if its rows start on 16 bytes, or else a
+// copy whose rows do.
 template <class T>
 cudaError_t aligned_batch(const Context& context, const View& view, const Shape& shape, int columns,
-                          Batch<T>* result, bool twins_will_do = false) {
+                          Batch<T>* result) {
   constexpr int kElements = 16 / sizeof(T);
   const T* data = static_cast<const T*>(view.data);
-  const int64_t row = view.strides[1];
-  if (reinterpret_cast<uintptr_t>(data) % 16 == 0 && view.strides[2] == 1 && row >= columns &&
-      view.strides[0] == shape.channels * row) {
-    const bool aligned = columns % kElements == 0 && row % kElements == 0;
-    *result = {data, shape.channels, columns, row, !aligned};
-    if (aligned || (twins_will_do && 2 * row % kElements == 0)) return cudaSuccess;
+  const bool aligned = reinterpret_cast<uintptr_t>(data) % 16 == 0 && columns % kElements == 0;
+  if (aligned && view.strides[2] == 1 && view.strides[1] % kElements == 0 &&
+      view.strides[1] >= columns && view.strides[0] == shape.channels * view.strides[1]) {
+    *result = {data, shape.channels, columns, view.strides[1]};
+    return cudaSuccess;
   }
   const int pitch = round_up(columns, kElements);
   const int64_t count = static_cast<int64_t>(shape.batch) * shape.channels * pitch;
   T* copy = static_cast<T*>(context.allocate(context.owner, count * sizeof(T)));
-  *result = {copy, shape.channels, pitch, pitch, false};
+  *result = {copy, shape.channels, pitch, pitch};
   if (in_pieces<T>(view, columns, 8))
     return repack<uint64_t>(context, view, shape, columns, pitch, copy);
   return repack<T>(context, view, shape, columns, pitch, copy);
@@ -121,12 +118,6 @@ inline bool is_wgmma(const Context& context, const Shape& shape, bool tied) {
 #else
   return false;
 #endif
-}
-
-// Whether sci may take rows two by two: they stay together in boxes of 64.
-template <class T>
-bool may_have_twins(const Context& context, const Shape& shape, bool tied) {
-  return sizeof(T) == 2 && is_wgmma(context, shape, tied) && shape.channels % kBlockRows == 0;
 }
 
 // Calls body<kColumns, kTied>() for the narrowest operands that hold the shape.

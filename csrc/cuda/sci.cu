@@ -225,9 +225,7 @@ cudaError_t sci_forward(const Context& context, Dtype dtype, const Shape& shape,
     p.row_sum = a.row_sum;
     p.factor = softmax_factor<Products>(scale);
     p.columns = a.v.data ? shape.columns : shape.positions;
-    const bool twins_will_do = may_have_twins<T>(context, shape, !a.v.data);
-    CIN_FAST_RETURN_IF_ERROR(
-        aligned_batch(context, a.x, shape, shape.positions, &p.x, twins_will_do));
+    CIN_FAST_RETURN_IF_ERROR(aligned_batch(context, a.x, shape, shape.positions, &p.x));
     p.v = p.x;
     if (a.v.data) CIN_FAST_RETURN_IF_ERROR(aligned_batch(context, a.v, shape, p.columns, &p.v));
     return sci::forward<Products>(context, shape, !a.v.data, p);
@@ -250,10 +248,8 @@ cudaError_t sci_backward(const Context& context, Dtype dtype, const Shape& shape
     p.columns = a.v.data ? shape.columns : shape.positions;
     p.scale = scale;
     p.factor = softmax_factor<Products>(scale);
-    const bool twins_will_do = may_have_twins<T>(context, shape, !a.v.data);
-    CIN_FAST_RETURN_IF_ERROR(
-        aligned_batch(context, a.x, shape, shape.positions, &p.x, twins_will_do));
-    CIN_FAST_RETURN_IF_ERROR(aligned_batch(context, a.dy, shape, p.columns, &p.dy, p.x.twins));
+    CIN_FAST_RETURN_IF_ERROR(aligned_batch(context, a.x, shape, shape.positions, &p.x));
+    CIN_FAST_RETURN_IF_ERROR(aligned_batch(context, a.dy, shape, p.columns, &p.dy));
     p.v = p.x;
     if (a.v.data) CIN_FAST_RETURN_IF_ERROR(aligned_batch(context, a.v, shape, p.columns, &p.v));
     return sci::backward<Products>(context, shape, !a.v.data,

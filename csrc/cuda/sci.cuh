@@ -34,12 +34,11 @@ struct RowSums {
   typename Products::Wide delta[2] = {};
 
   template <class T>
-  __device__ RowSums(const TermsParameters<T>& p, int64_t image, int row, int rows,
-                     RowOrder order = {})
+  __device__ RowSums(const TermsParameters<T>& p, int64_t image, int row, int rows)
       : factor(p.factor) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int r = order(row + lane_row() + half * 8);
+      const int r = row + lane_row() + half * 8;
       peak[half] = r < rows ? p.row_max[image * rows + r] : 0.f;
       sum[half] = r < rows ? p.row_sum[image * rows + r] : 1.f;
     }
@@ -58,7 +57,6 @@ struct RowSums {
     }
   }
 
-  // By position: whoever reads the terms has the rows in the same order.
   template <class T>
   __device__ void store(const TermsParameters<T>& p, int64_t image, int row, int rows) const {
 #pragma unroll

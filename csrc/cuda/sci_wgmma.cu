@@ -63,16 +63,11 @@ __global__ void __launch_bounds__(kPipelineThreads, 1)
 
   ptx::setmaxnreg_inc<kConsumerRegisters>();
   const Share own(block);
-  const RowOrder order{maps.x.second > 0};
   RunningSoftmax<Products> softmax(p.factor);
   float acc[Tiles::kValues / 8][4] = {};
   float s[kWidth / 8][4], shrink[2];
   uint32_t weights[kWidth / 16][4];
   ptx::mbarrier_wait(ring.rows_full, 0);
-  if (order.twins) {
-    x.rows.clear_beyond(p.x.columns);
-    meet_after_clearing();
-  }
   int tile = own.begin(ring);
   ring.wait(tile);
   ptx::wgmma_fence();
@@ -108,10 +103,10 @@ __global__ void __launch_bounds__(kPipelineThreads, 1)
   T* to = p.y + first * p.columns;
   if constexpr (kTied)
     store_rows<Products>(to, acc, divisors[0], divisors[1], x.rows, own.row, row, channels,
-                         p.columns, order);
+                         p.columns);
   else
-    store_tile<Products>(to, acc, divisors[0], divisors[1], row, channels, 0, p.columns, order);
-  softmax.store(p.row_max + first, p.row_sum + first, row, channels, order);
+    store_tile<Products>(to, acc, divisors[0], divisors[1], row, channels, 0, p.columns);
+  softmax.store(p.row_max + first, p.row_sum + first, row, channels);
 #endif
 }
 
@@ -144,14 +139,8 @@ __global__ void __launch_bounds__(kPipelineThreads, 1)
   ptx::setmaxnreg_inc<kConsumerRegisters>();
   const Share own(block);
   const int row = block.row + own.row;
-  const RowOrder order{maps.x.second > 0};
-  RowSums<HalfProducts<T>> sums(p, block.image, row, channels, order);
+  RowSums<HalfProducts<T>> sums(p, block.image, row, channels);
   ptx::mbarrier_wait(ring.rows_full, 0);
-  if (order.twins) {
-    x.rows.clear_beyond(p.x.columns);
-    dy.rows.clear_beyond(p.dy.columns);
-    meet_after_clearing();
-  }
   for (int tile = own.begin(ring); tile < tiles; tile = own.after(ring, tile, tiles)) {
     float s[kWidth / 8][4], dp[kWidth / 8][4];
     ring.wait(tile);
@@ -217,12 +206,6 @@ __global__ void __launch_bounds__(kPipelineThreads, 1)
   const RowTerms of_rows[2] = {terms[row + lane_row()], terms[row + lane_row() + 8]};
   float acc[kColumns / 8][4] = {}, thin[kThin / 8][4] = {};
   ptx::mbarrier_wait(ring.rows_full, 0);
-  if (maps.x.second > 0) {
-    x.rows.clear_beyond(p.x.columns);
-    dy.rows.clear_beyond(p.dy.columns);
-    if constexpr (!kTied) v.rows.clear_beyond(p.v.columns);
-    meet_after_clearing();
-  }
   for (int tile = own.begin(ring); tile < tiles; tile = own.after(ring, tile, tiles)) {
     // S, and the mirror image of dP below it.
     float s[kWidth / 4][4], dp[kWidth / 8][4];
@@ -269,12 +252,10 @@ __global__ void __launch_bounds__(kPipelineThreads, 1)
     merger.add_to(acc, 0);
     if constexpr (!kTied) thin_merger.add_to(thin, 0);
   }
-  const RowOrder order{maps.x.second > 0};
   store_rows<Products>(p.dx + first * p.positions, acc, 1.f, 1.f, x.rows, own.row, row, channels,
-                       p.positions, order);
+                       p.positions);
   if constexpr (!kTied)
-    store_tile<Products>(p.dv + first * p.columns, thin, 1.f, 1.f, row, channels, 0, p.columns,
-                         order);
+    store_tile<Products>(p.dv + first * p.columns, thin, 1.f, 1.f, row, channels, 0, p.columns);
 #endif
 }
 
@@ -284,9 +265,8 @@ template <class T>
 cudaError_t wgmma_forward(const Context& context, const Shape& shape, bool tied,
                           const ForwardParameters<T>& p) {
   Maps maps{};
-  const bool twins = p.x.twins;
-  CIN_FAST_RETURN_IF_ERROR(encode_tile_maps(&maps.x, p.x, shape.batch, kBoxRows, twins));
-  CIN_FAST_RETURN_IF_ERROR(encode_tile_maps(&maps.v, p.v, shape.batch, kBoxRows, twins));
+  CIN_FAST_RETURN_IF_ERROR(encode_tile_maps(&maps.x, p.x, shape.batch));
+  CIN_FAST_RETURN_IF_ERROR(encode_tile_maps(&maps.v, p.v, shape.batch));
   return with_columns(shape, tied, [&]<int kColumns, bool kTied>() {
     return launch_balanced(context, shape, "sci_wgmma_forward",
                            sci_wgmma_forward_kernel<T, kColumns, kTied>,
@@ -298,10 +278,9 @@ template <class T>
 cudaError_t wgmma_backward(const Context& context, const Shape& shape, bool tied,
                            const TermsParameters<T>& terms, const BackwardParameters<T>& p) {
   Maps maps{};
-  const bool twins = p.x.twins;
-  CIN_FAST_RETURN_IF_ERROR(encode_tile_maps(&maps.x, p.x, shape.batch, kBoxRows, twins));
-  CIN_FAST_RETURN_IF_ERROR(encode_tile_maps(&maps.v, p.v, shape.batch, kBoxRows, twins));
-  CIN_FAST_RETURN_IF_ERROR(encode_tile_maps(&maps.dy, p.dy, shape.batch, kBoxRows, twins));
+  CIN_FAST_RETURN_IF_ERROR(encode_tile_maps(&maps.x, p.x, shape.batch));
+  CIN_FAST_RETURN_IF_ERROR(encode_tile_maps(&maps.v, p.v, shape.batch));
+  CIN_FAST_RETURN_IF_ERROR(encode_tile_maps(&maps.dy, p.dy, shape.batch));
   return with_columns(shape, tied, [&]<int kColumns, bool kTied>() {
     CIN_FAST_RETURN_IF_ERROR(launch_balanced(
         context, shape, "sci_wgmma_terms", sci_wgmma_terms_kernel<T, kColumns, kTied>,

@@ -112,12 +112,11 @@ struct RunningSoftmax {
     sum[1] = quad_sum(sum[1]);
   }
 
-  __device__ void store(float* row_max, float* row_sum, int row, int rows,
-                        RowOrder order = {}) const {
+  __device__ void store(float* row_max, float* row_sum, int row, int rows) const {
     if (lane_id() % 4) return;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int r = order(row + lane_row() + half * 8);
+      const int r = row + lane_row() + half * 8;
       if (r >= rows) continue;
       row_max[r] = peak[half];
       row_sum[r] = sum[half];

@@ -39,17 +39,6 @@ __device__ __forceinline__ int lane_row() { return group_warp() * 16 + lane_id()
 // The first of the two columns, of every eight, that a lane holds.
 __device__ __forceinline__ int lane_column() { return lane_id() % 4 * 2; }
 
-// Which row lies at a position in shared memory, of rows counted through the matrix. Of twins, two
-// rows that only together start on 16 bytes, every 64 rows hold the first ones, then the second
-// ones.
-struct RowOrder {
-  bool twins = false;
-
-  __device__ int operator()(int position) const {
-    return twins ? position / 64 * 64 + position % 32 * 2 + position / 32 % 2 : position;
-  }
-};
-
 // Starts the copy of kRows x kColumns elements at (row, column); zeros outside the matrix.
 template <int kRows, int kColumns, class T>
 __device__ __forceinline__ void load_tile(T* tile, int pitch, const Matrix<T>& from, int row,
@@ -125,10 +114,10 @@ __device__ __forceinline__ void store_pair(T* row, int column, int columns, floa
 template <class Products, int M, class T>
 __device__ __forceinline__ void store_tile(T* to, const float (&acc)[M][4], float low_divisor,
                                            float high_divisor, int row, int rows, int column,
-                                           int columns, RowOrder order = {}) {
+                                           int columns) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const int r = order(row + lane_row() + half * 8);
+    const int r = row + lane_row() + half * 8;
     if (r >= rows) continue;
     const float divisor = half ? high_divisor : low_divisor;
     T* to_row = to + static_cast<int64_t>(r) * columns;

@@ -65,8 +65,6 @@ constexpr int kBoxRows = 64;
 
 struct TileMaps {
   ptx::TensorMap panels, rest;
-  // Of twins: how many columns beyond the first of them the second one begins; 0 for single rows.
-  int second;
 };
 
 // Of an operator's tensors.
@@ -76,16 +74,12 @@ struct Maps {
 
 template <class T>
 cudaError_t encode_tile_maps(TileMaps* maps, const Batch<T>& batch, int images,
-                             int box_rows = kBoxRows, bool twins = false) {
-  // To the copies, twins are one row.
-  const int by = twins ? 2 : 1;
-  maps->second = twins ? static_cast<int>(batch.pitch) : 0;
-  const auto encode = [&](ptx::TensorMap* map, int box_columns, ptx::Swizzle swizzle) {
-    return encode_tensor_map(map, batch.data, images, batch.rows / by, batch.columns + maps->second,
-                             by * batch.pitch, box_rows / by, box_columns, swizzle);
-  };
-  CIN_FAST_RETURN_IF_ERROR(encode(&maps->panels, kPanelColumns, ptx::Swizzle::k128Bytes));
-  return encode(&maps->rest, kRestColumns, ptx::Swizzle::k32Bytes);
+                             int box_rows = kBoxRows) {
+  CIN_FAST_RETURN_IF_ERROR(encode_tensor_map(&maps->panels, batch.data, images, batch.rows,
+                                             batch.columns, batch.pitch, box_rows, kPanelColumns,
+                                             ptx::Swizzle::k128Bytes));
+  return encode_tensor_map(&maps->rest, batch.data, images, batch.rows, batch.columns, batch.pitch,
+                           box_rows, kRestColumns, ptx::Swizzle::k32Bytes);
 }
 
 // Tells wgmma where an operand starts and how far it is to its next parts, in bytes. A row of 16
@@ -121,43 +115,12 @@ struct Tile {
                        int at = 0) const {
     static_assert(kCount % kBox == 0 && kBox % 8 == 0, "whole boxes, and turns of the swizzle");
     for (int r = 0; r < kCount; r += kBox) {
-      if (maps.second > 0) {
-        load_box(maps, barrier, (row + r) / 2, image, at + r, 0);
-        load_box(maps, barrier, (row + r) / 2, image, at + r + kBox / 2, maps.second);
-      } else {
-        load_box(maps, barrier, row + r, image, at + r, 0);
-      }
-    }
-  }
-
-  __device__ void load_box(const TileMaps& maps, uint64_t* barrier, int row, int image, int at,
-                           int column) const {
-    for (int panel = 0; panel < kPanels; ++panel)
-      ptx::bulk_copy_3d(data + panel * kPanelBytes + at * kPanelRow, &maps.panels, barrier,
-                        column + panel * kPanelColumns, row, image);
-    if (kHasRest)
-      ptx::bulk_copy_3d(rest() + at * kRestRow, &maps.rest, barrier,
-                        column + kPanels * kPanelColumns, row, image);
-  }
-
-  // Where 8 columns of a row lie, `piece` counting eights of columns.
-  __device__ T* piece(int row, int piece) const {
-    const int panel = piece / 8;
-    unsigned char* const found =
-        panel == kPanels
-            ? rest() + row * kRestRow + (piece % 2 ^ row / 4 % 2) * 16
-            : data + panel * kPanelBytes + row * kPanelRow + (piece % 8 ^ row % 8) * 16;
-    return reinterpret_cast<T*>(found);
-  }
-
-  // By both consumers: zeros in the columns from `columns` on. Where rows are twins, the next row
-  // begins there, and one operand of a product must not have it: a block's own rows.
-  __device__ void clear_beyond(int columns) const {
-    const int first = columns / 8, pieces = kColumns / 8 - first;
-    for (int i = threadIdx.x - kGroupThreads; i < kRows * pieces; i += kConsumers * kGroupThreads) {
-      T* const found = piece(i / pieces, first + i % pieces);
-      for (int e = 0; e < 8; ++e)
-        if ((first + i % pieces) * 8 + e >= columns) found[e] = narrow<T>(0.f);
+      for (int panel = 0; panel < kPanels; ++panel)
+        ptx::bulk_copy_3d(data + panel * kPanelBytes + (at + r) * kPanelRow, &maps.panels, barrier,
+                          panel * kPanelColumns, row + r, image);
+      if (kHasRest)
+        ptx::bulk_copy_3d(rest() + (at + r) * kRestRow, &maps.rest, barrier,
+                          kPanels * kPanelColumns, row + r, image);
     }
   }
 
@@ -217,17 +180,18 @@ __device__ __forceinline__ void start_nn(float (&acc)[kColumns / 8][4], const ui
   }
 }
 
-// A warp group's 64 rows of a tile, from `row` on, as memory that it writes results to when the
+// Sixteen rows of a tile for each warp of a group, as memory that it writes results to when the
 // tile has served.
 template <class T, int kRows, int kColumns>
-struct GroupMemory {
+struct WarpMemory {
   using Rows = Tile<T, kRows, kColumns>;
-  static constexpr int kPanelBytes = kBlockRows * Rows::kPanelRow;
+  static constexpr int kPanelBytes = 16 * Rows::kPanelRow, kRestBytes = 16 * Rows::kRestRow;
 
   unsigned char *panels, *rest;
 
-  __device__ GroupMemory(const Rows& tile, int row)
-      : panels(tile.data + row * Rows::kPanelRow), rest(tile.rest() + row * Rows::kRestRow) {}
+  __device__ WarpMemory(const Rows& tile, int row)
+      : panels(tile.data + (row + group_warp() * 16) * Rows::kPanelRow),
+        rest(tile.rest() + (row + group_warp() * 16) * Rows::kRestRow) {}
 
   // A piece of up to 16 bytes, at a multiple of its size.
   template <class Piece>
@@ -236,34 +200,27 @@ struct GroupMemory {
     return *reinterpret_cast<Piece*>(
         (panel == Rows::kPanels ? rest : panels + panel * Rows::kPanelBytes) + within);
   }
-
-  // Where all threads of the group meet.
-  __device__ static void meet() {
-    ptx::named_barrier<kGroupThreads>(1 + threadIdx.x / kGroupThreads);
-  }
 };
 
 // acc (64 x 8 M), over a divisor for each of a thread's two rows, to rows `row` and on of a
 // contiguous rows x columns matrix. On their way the numbers pass through the warp group's rows,
-// from `own_row` on, of a tile that has served: they are then stored as one piece of memory, 16
-// bytes a thread, instead of scattered pairs.
+// from `own_row` on, of a tile that has served: a warp then stores its own rows as one piece of
+// memory, 16 bytes a thread, instead of scattered pairs.
 template <class Products, int M, class T, int kRows, int kColumns>
 __device__ __forceinline__ void store_rows(T* to, const float (&acc)[M][4], float low_divisor,
                                            float high_divisor, const Tile<T, kRows, kColumns>& tile,
-                                           int own_row, int row, int rows, int columns,
-                                           RowOrder order = {}) {
+                                           int own_row, int row, int rows, int columns) {
   static_assert(8 * M == kColumns && sizeof(T) == 2, "they have room");
-  const GroupMemory<T, kRows, kColumns> memory(tile, own_row);
+  const WarpMemory<T, kRows, kColumns> memory(tile, own_row);
   // All four warps have waited for the last wgmma that reads the tile.
-  memory.meet();
+  ptx::named_barrier<kGroupThreads>(1 + threadIdx.x / kGroupThreads);
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const float divisor = half ? high_divisor : low_divisor;
-    const int first = order(lane_row() + half * 8) * columns;
 #pragma unroll
     for (int m = 0; m < M; ++m) {
       const int column = m * 8 + lane_column();
-      const int byte = 2 * (first + column);
+      const int byte = 2 * ((lane_id() / 4 + half * 8) * columns + column);
       const float low = Products::over(acc[m][2 * half], divisor);
       const float high = Products::over(acc[m][2 * half + 1], divisor);
       if (columns % 2 == 0) {
@@ -274,14 +231,14 @@ __device__ __forceinline__ void store_rows(T* to, const float (&acc)[M][4], floa
       }
     }
   }
-  memory.meet();
-  const int count = min(kBlockRows, rows - row) * columns;
+  __syncwarp();
+  row += group_warp() * 16;
+  const int count = min(16, rows - row) * columns;
   to += static_cast<int64_t>(row) * columns;
   const int whole = reinterpret_cast<uintptr_t>(to) % 16 == 0 ? count / 8 * 8 : 0;
-  for (int i = 8 * group_thread(); i < whole; i += 8 * kGroupThreads)
+  for (int i = 8 * lane_id(); i < whole; i += 8 * 32)
     *reinterpret_cast<float4*>(to + i) = memory.template at<float4>(2 * i);
-  for (int i = whole + group_thread(); i < count; i += kGroupThreads)
-    to[i] = memory.template at<T>(2 * i);
+  for (int i = whole + lane_id(); i < count; i += 32) to[i] = memory.template at<T>(2 * i);
 }
 
 // A product's result as the next one's left operand.
@@ -466,12 +423,6 @@ struct Ring {
     if (lane_id() == 0) ptx::mbarrier_arrive(empty(tile));
   }
 };
-
-// Behind it, wgmma reads what clear_beyond() wrote.
-__device__ __forceinline__ void meet_after_clearing() {
-  ptx::fence_proxy_async();
-  ptx::named_barrier<kConsumers * kGroupThreads>(1);
-}
 
 // What a consumer does of a block: its rows, from `row` on among the block's, by all tiles; or, of
 // a half block, 64 rows by every other tile.
