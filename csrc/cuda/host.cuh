@@ -55,16 +55,25 @@ __global__ void __launch_bounds__(kRepackThreads)
   constexpr int kElements = sizeof(Piece) / sizeof(T);
   const int64_t image = blockIdx.x / row_blocks;
   const int first = blockIdx.x % row_blocks * kRepackRows;
-  const int pieces = pitch / kElements, count = min(kRepackRows, rows - first) * pieces;
+  const int pieces = pitch / kElements, last = min(rows, first + kRepackRows);
   from += image * image_stride;
   to += image * rows * pitch;
+  // Divided once: it costs more than a copy.
+  const int row_step = kRepackThreads / pieces, piece_step = kRepackThreads % pieces;
+  int row = first + threadIdx.x / pieces, at = threadIdx.x % pieces;
 #pragma unroll 4
-  for (int i = threadIdx.x; i < count; i += kRepackThreads) {
-    const int row = first + i / pieces, column = i % pieces * kElements;
+  while (row < last) {
+    const int column = at * kElements;
     Piece piece{};
     if (column < columns)
       piece = *reinterpret_cast<const Piece*>(from + row * row_stride + column * column_stride);
     *reinterpret_cast<Piece*>(to + static_cast<int64_t>(row) * pitch + column) = piece;
+    row += row_step;
+    at += piece_step;
+    if (at >= pieces) {
+      at -= pieces;
+      ++row;
+    }
   }
 }
 

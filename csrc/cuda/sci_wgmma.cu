@@ -44,6 +44,42 @@ __device__ __forceinline__ bool merge(const Share& own, unsigned char* tiles,
   return true;
 }
 
+// A consumer's sums over kSpan columns of every tile, from `column` on.
+template <int kSpan, class T, int M, int kStages, class X, class Values>
+__device__ __forceinline__ void sum_up(float (&acc)[M][4], RunningSoftmax<HalfProducts<T>>& softmax,
+                                       const Ring<kStages>& ring, const X& x, int row,
+                                       const Values& values, int column, int tiles, int channels) {
+  constexpr int kWidth = X::Passing::kRows;
+  float s[kSpan / 8][4], shrink[2];
+  uint32_t weights[kSpan / 16][4];
+  ring.wait(0);
+  ptx::wgmma_fence();
+  start_nt(s, x.rows, row, x[0], column);
+  ptx::wgmma_commit();
+  ptx::wgmma_wait<0>();
+  softmax.weigh(s, shrink, channels - column);
+  pack<T>(weights, s);
+  // While a tile's weights are computed, those of the tile before are multiplied.
+  for (int tile = 1; tile < tiles; ++tile) {
+    ring.wait(tile);
+    ptx::wgmma_fence();
+    start_nt(s, x.rows, row, x[tile], column);
+    ptx::wgmma_commit();
+    start_nn(acc, weights, values[tile - 1], column);
+    ptx::wgmma_commit();
+    ptx::wgmma_wait<1>();
+    softmax.weigh(s, shrink, channels - tile * kWidth - column);
+    ptx::wgmma_wait<0>();
+    ring.release(tile - 1);
+    softmax.rescale(acc, shrink);
+    pack<T>(weights, s);
+  }
+  ptx::wgmma_fence();
+  start_nn(acc, weights, values[tiles - 1], column);
+  ptx::wgmma_commit();
+  ptx::wgmma_wait<0>();
+}
+
 template <class T, int kColumns, bool kTied>
 __global__ void __launch_bounds__(kPipelineThreads, 1)
     sci_wgmma_forward_kernel(const __grid_constant__ Maps maps, ForwardParameters<T> p,
@@ -65,37 +101,14 @@ __global__ void __launch_bounds__(kPipelineThreads, 1)
   const Share own(block);
   RunningSoftmax<Products> softmax(p.factor);
   float acc[Tiles::kValues / 8][4] = {};
-  float s[kWidth / 8][4], shrink[2];
-  uint32_t weights[kWidth / 16][4];
   ptx::mbarrier_wait(ring.rows_full, 0);
-  int tile = own.begin(ring);
-  ring.wait(tile);
-  ptx::wgmma_fence();
-  start_nt(s, x.rows, own.row, x[tile]);
-  ptx::wgmma_commit();
-  ptx::wgmma_wait<0>();
-  softmax.weigh(s, shrink, channels - tile * kWidth);
-  pack<T>(weights, s);
-  // While a tile's weights are computed, those of the tile before are multiplied.
-  for (int next; (next = own.after(ring, tile, tiles)) < tiles; tile = next) {
-    ring.wait(next);
-    ptx::wgmma_fence();
-    start_nt(s, x.rows, own.row, x[next]);
-    ptx::wgmma_commit();
-    start_nn(acc, weights, values[tile]);
-    ptx::wgmma_commit();
-    ptx::wgmma_wait<1>();
-    softmax.weigh(s, shrink, channels - next * kWidth);
-    ptx::wgmma_wait<0>();
-    ring.release(tile);
-    softmax.rescale(acc, shrink);
-    pack<T>(weights, s);
+  if (block.is_half) {
+    const int column = own.is_second() ? kWidth / 2 : 0;
+    sum_up<kWidth / 2, T>(acc, softmax, ring, x, own.row, values, column, tiles, channels);
+    if (!merge(own, x.stages, softmax, acc)) return;
+  } else {
+    sum_up<kWidth, T>(acc, softmax, ring, x, own.row, values, 0, tiles, channels);
   }
-  ptx::wgmma_fence();
-  start_nn(acc, weights, values[tile]);
-  ptx::wgmma_commit();
-  ptx::wgmma_wait<0>();
-  if (block.is_half && !merge(own, x.stages, softmax, acc)) return;
   softmax.finish();
   const int row = block.row + own.row;
   const int64_t first = static_cast<int64_t>(block.image) * channels;
@@ -119,6 +132,25 @@ struct TermsTiles {
   static constexpr size_t kSharedBytes = pipeline_bytes<kStages, X, V, Dy>();
 };
 
+// A consumer's row sums over kSpan columns of every tile, from `column` on.
+template <int kSpan, class T, int kStages, class X, class Dy, class Values>
+__device__ __forceinline__ void sum_up(RowSums<HalfProducts<T>>& sums, const Ring<kStages>& ring,
+                                       const X& x, const Dy& dy, int row, const Values& values,
+                                       int column, int tiles, int channels) {
+  constexpr int kWidth = X::Passing::kRows;
+  for (int tile = 0; tile < tiles; ++tile) {
+    float s[kSpan / 8][4], dp[kSpan / 8][4];
+    ring.wait(tile);
+    ptx::wgmma_fence();
+    start_nt(s, x.rows, row, x[tile], column);
+    start_nt(dp, dy.rows, row, values[tile], column);
+    ptx::wgmma_commit();
+    ptx::wgmma_wait<0>();
+    ring.release(tile);
+    sums.add(s, dp, channels - tile * kWidth - column);
+  }
+}
+
 template <class T, int kColumns, bool kTied>
 __global__ void __launch_bounds__(kPipelineThreads, 1)
     sci_wgmma_terms_kernel(const __grid_constant__ Maps maps, TermsParameters<T> p,
@@ -141,18 +173,11 @@ __global__ void __launch_bounds__(kPipelineThreads, 1)
   const int row = block.row + own.row;
   RowSums<HalfProducts<T>> sums(p, block.image, row, channels);
   ptx::mbarrier_wait(ring.rows_full, 0);
-  for (int tile = own.begin(ring); tile < tiles; tile = own.after(ring, tile, tiles)) {
-    float s[kWidth / 8][4], dp[kWidth / 8][4];
-    ring.wait(tile);
-    ptx::wgmma_fence();
-    start_nt(s, x.rows, own.row, x[tile]);
-    start_nt(dp, dy.rows, own.row, values[tile]);
-    ptx::wgmma_commit();
-    ptx::wgmma_wait<0>();
-    ring.release(tile);
-    sums.add(s, dp, channels - tile * kWidth);
-  }
-  if (block.is_half) {
+  if (!block.is_half) {
+    sum_up<kWidth, T>(sums, ring, x, dy, own.row, values, 0, tiles, channels);
+  } else {
+    const int column = own.is_second() ? kWidth / 2 : 0;
+    sum_up<kWidth / 2, T>(sums, ring, x, dy, own.row, values, column, tiles, channels);
     const Merger merger(x.stages);
     merger.meet();
     if (own.is_second()) {

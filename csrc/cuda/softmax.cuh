@@ -36,11 +36,12 @@ struct RunningSoftmax {
   template <int N>
   __device__ void weigh(float (&s)[N][4], float (&shrink)[2], int columns) {
     if (columns < 8 * N) {
+      const int own_columns = columns - lane_column();
 #pragma unroll
       for (int n = 0; n < N; ++n) {
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
-          const bool exists = n * 8 + lane_column() + e % 2 < columns;
+          const bool exists = n * 8 + e % 2 < own_columns;
           s[n][e] = exists ? s[n][e] : nothing();
         }
       }

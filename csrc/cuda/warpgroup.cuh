@@ -23,8 +23,8 @@ __device__ __forceinline__ int consumer_row() {
 }
 
 // The blocks of a launch: the first own kConsumerRows rows of an image. Those that would leave half
-// of the multiprocessors idle in the last wave are halved: 64 rows each, whose tiles of columns the
-// two consumers take in turns.
+// of the multiprocessors idle in the last wave are halved: 64 rows each, whose columns the two
+// consumers share.
 struct RowBlocks {
   int per_image, whole, all;
 
@@ -424,10 +424,9 @@ struct Ring {
   }
 };
 
-// What a consumer does of a block: its rows, from `row` on among the block's, by all tiles; or, of
-// a half block, 64 rows by every other tile.
-struct Share {
-  bool is_half;
+// What a consumer does of a block: its rows, from `row` on among the block's, by all columns; or, of
+// a half block, all rows by half of the columns: of each tile, or of every other tile.
+bool is_half;
   int row;
 
   __device__ explicit Share(const Place& block)

@@ -213,6 +213,9 @@ void bulk_copy(void* destination, const TensorMap& map, const void* barrier, int
   const size_t bytes = bytes_of(map);
   if (!array || static_cast<char*>(destination) + bytes > array->begin + array->bytes)
     fail("%s: %zu bytes outside the shared arrays", describe(a).c_str(), bytes);
+  // Not in the manual: a GPU calls it an illegal instruction.
+  if (column * 2 % int(kPiece))
+    fail("%s: column %d does not start on 16 bytes", describe(a).c_str(), column);
   const size_t offset = static_cast<char*>(destination) - array->begin;
   if ((array->offset + offset) % 128)
     fail("%s: the destination is not aligned to 128 bytes", describe(a).c_str());
