@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch.nn import functional
 
 from cin_fast.kernels import cci as cci_kernels
 from cin_fast.kernels import sci as sci_kernels
-from cin_fast.kernels.configs import Maps, pitch_of
+from cin_fast.kernels.configs import AMPERE, Maps, pitch_of
 from cin_fast.kernels.plan import Operator, Precision, plan
 
 KERNELS: dict[str, Any] = {
@@ -93,6 +94,15 @@ def precision(dtype: torch.dtype) -> Precision:
     return "ieee" if exact else "tf32"
 
 
+@functools.cache
+def chip_of(device: torch.device) -> int:
+    """The compute capability whose table a device takes; interpreted, the one of every chip."""
+    if device.type != "cuda":
+        return AMPERE
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
 def _run(operator: Operator, x: Tensor, v: Tensor | None, **others: Any) -> None:
     batch, channels, positions = x.shape
     if batch == 0:
@@ -103,7 +113,9 @@ def _run(operator: Operator, x: Tensor, v: Tensor | None, **others: Any) -> None
     arguments = {"x": x, "v": x if v is None else _pitched(v), **others}
     # Under the interpreter the tensors are on the CPU, and no device has to be chosen.
     with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
-        for launch in plan(operator, maps, precision(x.dtype), others["scale"] < 0):
+        for launch in plan(
+            operator, maps, chip_of(x.device), precision(x.dtype), others["scale"] < 0
+        ):
             kernel = KERNELS[launch.kernel]
             wanted = {name: arguments[name] for name in kernel.arg_names if name in arguments}
             kernel[launch.grid](**wanted, **launch.constants, **launch.config.options)

@@ -24,44 +24,49 @@ class Launch:
 
 @functools.lru_cache(maxsize=1024)
 def plan(
-    operator: Operator, maps: Maps, precision: Precision = "ieee", negative: bool = True
+    operator: Operator,
+    maps: Maps,
+    chip: int,
+    precision: Precision = "ieee",
+    negative: bool = True,
 ) -> tuple[Launch, ...]:
     """The launches of an operator, first to last.
 
     Args:
+        chip: the GPU's compute capability (80: 8.0).
         negative: whether the scale is below 0.
     """
     if operator == "sci":
-        return (_forward("sci_forward", maps, precision, NEGATIVE=negative),)
+        return (_forward("sci_forward", maps, chip, precision, NEGATIVE=negative),)
     if operator == "cci":
         return (
-            _rows("row_numbers", maps, precision, NEGATIVE=negative),
-            _forward("cci_forward", maps, precision),
+            _rows("row_numbers", maps, chip, precision, NEGATIVE=negative),
+            _forward("cci_forward", maps, chip, precision),
         )
     stem = operator.removesuffix("_backward")
     return (
-        _rows(f"{stem}_delta", maps, precision),
-        *_backward(f"{stem}_backward", maps, precision),
+        _rows(f"{stem}_delta", maps, chip, precision),
+        *_backward(f"{stem}_backward", maps, chip, precision),
     )
 
 
-def _forward(kernel: str, maps: Maps, precision: Precision, **more: Any) -> Launch:
-    config = choose(kernel, maps)
+def _forward(kernel: str, maps: Maps, chip: int, precision: Precision, **more: Any) -> Launch:
+    config = choose(kernel, maps, chip)
     v = columns_of(maps.columns, maps.itemsize, config)
     out = out_of(v, config, at_hand=maps.v_is_x)
     return _launch(kernel, maps, config, precision, out.spans, V=v, OUT=out, **more)
 
 
-def _rows(kernel: str, maps: Maps, precision: Precision, **more: Any) -> Launch:
-    config = choose(kernel, maps)
+def _rows(kernel: str, maps: Maps, chip: int, precision: Precision, **more: Any) -> Launch:
+    config = choose(kernel, maps, chip)
     if kernel != "row_numbers":
         more["V"] = columns_of(maps.columns, maps.itemsize, config)
         more["V_IS_X"] = maps.v_is_x
     return _launch(kernel, maps, config, precision, 1, **more)
 
 
-def _backward(kernel: str, maps: Maps, precision: Precision) -> list[Launch]:
-    config = choose(kernel, maps)
+def _backward(kernel: str, maps: Maps, chip: int, precision: Precision) -> list[Launch]:
+    config = choose(kernel, maps, chip)
     x = columns_of(maps.positions, maps.itemsize, config)
     v = columns_of(maps.columns, maps.itemsize, config)
     out_x, out_v = (out_of(columns, config, at_hand=True) for columns in (x, v))

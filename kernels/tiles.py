@@ -81,14 +81,27 @@ def scaled(panel, factors):
 
 @triton.jit
 def add_product(sums, weights, panel, PRECISION: tl.constexpr):
-    """``sums + weights @ panel``."""
+    """``sums + weights @ panel``. IEEE float32 sums the product from 0 first."""
     result = ()
     for n in tl.static_range(len(sums)):
         right = panel[n]
-        result = result + (
-            tl.dot(weights.to(right.dtype), right, sums[n], input_precision=PRECISION),
-        )
+        left = weights.to(right.dtype)
+        if PRECISION == "ieee" and right.dtype == tl.float32:
+            result = result + (sums[n] + block_product(left, right),)
+        else:
+            result = result + (tl.dot(left, right, sums[n], input_precision=PRECISION),)
     return result
+
+
+@triton.jit
+def block_product(left, right):
+    """``left @ right`` in IEEE float32, summed from 0.
+
+    Blocked libraries add such blocks up: the rounding errors of one long sum would be several times
+    theirs. Without a limit, which float32 has no other use for, the compiler would make what the
+    block is added to the accumulator of the product.
+    """
+    return tl.dot(left, right, input_precision="ieee", max_num_imprecise_acc=left.shape[1])
 
 
 @triton.jit
@@ -96,8 +109,7 @@ def product(a_i, a, i, b_j, b, j, C: tl.constexpr, X: tl.constexpr, PRECISION: t
     """``a_i b_j^T``, (rows i, rows j) in float32.
 
     From panels where rows are short enough to be held (``X.pieces``), else chunk by chunk from the
-    maps a and b. IEEE float32 sums each chunk from 0 and adds those sums up, as blocked libraries
-    do: the rounding errors of one long sum would be several times theirs.
+    maps a and b.
     """
     BLOCKED: tl.constexpr = PRECISION == "ieee" and a.dtype.element_ty == tl.float32
     total = tl.zeros((i.shape[0], j.shape[0]), tl.float32)
@@ -110,11 +122,7 @@ def product(a_i, a, i, b_j, b, j, C: tl.constexpr, X: tl.constexpr, PRECISION: t
             left = load_tile(a, i, columns, C, X, X.pitch % X.chunk == 0)
             right = load_tile(b, j, columns, C, X, X.pitch % X.chunk == 0)
             if BLOCKED:
-                # Without a limit, which float32 has no other use for, the compiler would make the
-                # total the accumulator of the product.
-                total += tl.dot(
-                    left, right.T, input_precision=PRECISION, max_num_imprecise_acc=X.chunk
-                )
+                total += block_product(left, right.T)
             else:
                 total = tl.dot(left, right.T, total, input_precision=PRECISION)
     return total

@@ -13,40 +13,51 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
 
 from cin_fast.kernels import report
-from cin_fast.kernels.configs import CONFIGS, Maps, choose, out_of, pieces
+from cin_fast.kernels.configs import AMPERE, HOPPER, Maps, choose, out_of, pieces, table_of
 from cin_fast.kernels.plan import plan
 
 pytestmark = pytest.mark.triton
 JOBS = report.jobs()
+CHIPS = (AMPERE, HOPPER)
+# Nothing else spills. Why these may, as timed on an H100 with triton 3.6; report.SPILLS: how much.
+SPILL = {
+    "sci_backward bf16 C 2048 L 196 v = x sm_90": "508 us (triton 3.9 alone spills); sm_80's 2649",
+    "cci_backward bf16 C 2048 L 196 v = x sm_90": "2118 us; sm_80's row 18817",
+    "cci_backward bf16 C 2048 L 196 K 9 sm_90": "631 us; the fastest without spills 1935",
+}
 
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, report.Compiled]:
-    """Every job by name. The cache is this run's own: what is read was compiled by this tree."""
+    """Every job by its key. The cache is this run's own: what is read was compiled by this tree."""
     if find_spec("triton") is None:
         pytest.skip("triton is not installed (pip install triton)")
     before = os.environ.get("TRITON_CACHE_DIR")
     os.environ["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
     try:
-        return {str(one.job): one for one in report.compile_all(JOBS)}
+        return {one.job.key: one for one in report.compile_all(JOBS)}
     finally:
         os.environ.pop("TRITON_CACHE_DIR")
         if before is not None:
             os.environ["TRITON_CACHE_DIR"] = before
 
 
-def test_every_row_of_the_table_is_compiled() -> None:
-    used = {(job.launch.kernel, job.launch.config) for job in JOBS}
-    assert used == {(key[0], config) for key, config in CONFIGS.items()}
+@pytest.mark.parametrize("chip", CHIPS)
+def test_every_row_of_a_chip_is_compiled_for_it(chip: int) -> None:
+    used = {(job.launch.kernel, job.launch.config) for job in JOBS if job.chip == chip}
+    assert used == {(key[0], config) for key, config in table_of(chip).items()}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("job", JOBS, ids=str)
 def test_it_fits_the_chip(compiled: dict[str, report.Compiled], job: report.Job) -> None:
-    one = compiled[str(job)]
-    assert (one.stack, one.local) == (0, 0), f"spills: {one}"
+    one = compiled[job.key]
+    assert one.problem == "", one
+    if str(job) not in SPILL:
+        assert (one.stack, one.local) == (0, 0), f"spills: {one}"
     assert 0 < one.shared <= report.SHARED_LIMIT[job.chip]
     threads = 32 * job.launch.config.warps
     assert one.registers * threads <= 65_536
@@ -58,7 +69,7 @@ def test_products_use_the_units_they_mean(
     compiled: dict[str, report.Compiled], job: report.Job
 ) -> None:
     """16-bit products on the tensor cores, by wgmma on sm_90; IEEE float32 never on them."""
-    one = compiled[str(job)]
+    one = compiled[job.key]
     if job.dtype == "fp32" and job.launch.constants["PRECISION"] == "ieee":
         assert one.matrix == 0
         return
@@ -73,21 +84,44 @@ def test_products_use_the_units_they_mean(
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("compiled")
-def test_float32_rows_are_summed_in_blocks() -> None:
-    """Each chunk of a product begins at 0 and is added to the total, in the compiler's own words.
+@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize(
+    ("kernel", "products"),
+    # Of rows, and over rows j: one a tile of y, and, as v = x, two a tile of dx.
+    [
+        ("sci_forward", 1 + 1),
+        ("sci_delta", 2),
+        ("sci_backward", 3 + 2 * 3),
+        ("cci_forward", 2 + 2),
+        ("cci_delta", 4),
+        ("cci_backward", 6 + 2),
+    ],
+)
+def test_float32_is_summed_in_blocks(kernel: str, products: int, chip: int) -> None:
+    """Each block of a product begins at 0 and is added to the total, in the compiler's own words.
 
     Left alone, the compiler makes the total the accumulator: one long sum, much less exact.
     """
-    jobs = report.jobs((90,), [("fp32", "ieee", report.Shape(512, 784))])
-    (job,) = (job for job in jobs if job.launch.kernel == "sci_delta")
+    jobs = report.jobs((chip,), [("fp32", "ieee", report.Shape(512, 784))])
+    (job,) = (job for job in jobs if job.launch.kernel == kernel)
     code = report.build(job).asm["ttgir"]
-    assert code.count("tt.dot ") == 2, "x x^T and dy v^T"
-    sums = re.findall(
-        r"(%\w+) = tt\.dot %\w+, %\w+, (%\w+) .*\n +%\w+ = arith\.addf %arg\d+, \1 ", code
-    )
-    assert len(sums) == 2
-    for _, start in sums:
-        assert re.search(rf"{start} = arith\.constant dense<0\.0+e\+00>", code)
+    starts = re.findall(r"= tt\.dot \S+, \S+, (\S+)", code)
+    assert len(starts) == products
+    for start in starts:
+        assert re.search(rf"{re.escape(start)} = arith\.constant dense<0\.0+e\+00>", code)
+
+
+@pytest.mark.parametrize(
+    ("capability", "chip"), [((8, 0), AMPERE), ((9, 0), HOPPER), ((12, 0), 120)]
+)
+def test_a_device_takes_the_table_of_its_capability(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], chip: int
+) -> None:
+    launch = pytest.importorskip("cin_fast.kernels.launch", exc_type=ImportError)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    assert launch.chip_of.__wrapped__(torch.device("cuda", 0)) == chip
+    assert launch.chip_of.__wrapped__(torch.device("cpu")) == AMPERE
+    assert (table_of(chip) == table_of(AMPERE)) == (chip != HOPPER)
 
 
 def test_positions_are_not_padded_to_a_power_of_two() -> None:
@@ -100,21 +134,22 @@ def test_positions_are_not_padded_to_a_power_of_two() -> None:
 
 def test_a_thin_v_is_not_padded_to_positions() -> None:
     maps = Maps(1, 2048, 196, 9, False, 2)
-    (launch,) = plan("sci", maps)
+    (launch,) = plan("sci", maps, AMPERE)
     assert [piece.width for piece in launch.constants["OUT"].pieces] == [16]
-    backward = plan("sci_backward", maps)[-1]
+    backward = plan("sci_backward", maps, AMPERE)[-1]
     assert [piece.width for piece in backward.constants["OUT_V"].pieces] == [16]
     assert backward.constants["OUT_X"].spans == 1
 
 
+@pytest.mark.parametrize("chip", CHIPS)
 @pytest.mark.parametrize("positions", [1, 49, 196, 361, 784, 4096])
 @pytest.mark.parametrize("operator", report.OPERATORS)
-def test_spans_cover_every_column(operator: str, positions: int) -> None:
+def test_spans_cover_every_column(operator: str, positions: int, chip: int) -> None:
     for itemsize in (2, 4):
         for columns in (None, 9, 40, 600):
             maps = Maps(2, 65, positions, columns or positions, columns is None, itemsize)
-            for launch in plan(operator, maps):
-                assert launch.config == choose(launch.kernel, maps)
+            for launch in plan(operator, maps, chip):
+                assert launch.config == choose(launch.kernel, maps, chip)
                 for name, of in (("OUT", "V"), ("OUT_X", "X"), ("OUT_V", "V")):
                     out = launch.constants.get(name)
                     if out and out.pieces:
@@ -122,14 +157,19 @@ def test_spans_cover_every_column(operator: str, positions: int) -> None:
                         assert out.width == sum(piece.width for piece in out.pieces)
 
 
+@pytest.mark.parametrize("chip", CHIPS)
 @pytest.mark.parametrize("itemsize", [2, 4])
 @pytest.mark.parametrize("operator", ["sci_backward", "cci_backward"])
-def test_delta_and_backward_sum_a_row_in_one_order(operator: str, itemsize: int) -> None:
+def test_delta_and_backward_sum_a_row_in_one_order(operator: str, itemsize: int, chip: int) -> None:
     """Else dP - delta, exactly 0 where there is one channel, is not."""
-    for positions, columns in ((196, None), (196, 9), (196, 40), (784, None), (784, 9)):
+    for positions, columns in (
+        *((49, None), (196, None), (256, None), (257, None), (784, None)),
+        *((196, 9), (196, 40), (257, 9), (784, 9)),
+    ):
         maps = Maps(2, 65, positions, columns or positions, columns is None, itemsize)
         cuts = {
-            (one.constants["V"].pieces, one.constants["V"].chunk) for one in plan(operator, maps)
+            (one.constants["V"].pieces, one.constants["V"].chunk)
+            for one in plan(operator, maps, chip)
         }
         held = {pieces for pieces, _ in cuts}
         assert len(held) == 1
@@ -137,7 +177,7 @@ def test_delta_and_backward_sum_a_row_in_one_order(operator: str, itemsize: int)
 
 
 def test_an_output_at_hand_is_not_loaded_again() -> None:
-    (launch,) = plan("sci", Maps(1, 2048, 196, 196, True, 2))
+    (launch,) = plan("sci", Maps(1, 2048, 196, 196, True, 2), AMPERE)
     assert launch.constants["OUT"].is_panel
     columns, config = launch.constants["V"], launch.config
     assert not out_of(columns, config, at_hand=False).is_panel

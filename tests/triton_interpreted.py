@@ -14,11 +14,13 @@ import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from unittest import mock
 
 import torch
 from torch import Tensor
 
 from cin_fast import ops
+from cin_fast.kernels.configs import AMPERE, HOPPER
 from cin_fast.testing import (
     INPUT_KINDS,
     KERNEL_DTYPES,
@@ -92,10 +94,14 @@ def same_bits(one: list[Tensor], two: list[Tensor]) -> bool:
     return all(torch.equal(s, t) for s, t in zip(one, two, strict=True))
 
 
-def rule(shapes: tuple[tuple[int, ...], ...], columns: int | None, kind: str, dtype: str) -> None:
+def rule(
+    shapes: tuple[tuple[int, ...], ...], columns: int | None, kind: str, dtype: str, chip: int
+) -> None:
+    """The rule, by the rows of a chip's table."""
     draws = [draw(shape, columns, kind, getattr(torch, dtype)) for shape in shapes]
     # A tile costs the interpreter the same at any size: float32's own are met in one kind only.
-    with contextlib.nullcontext() if shapes != LARGE and kind == "randn" else large_tiles():
+    tiles = contextlib.nullcontext() if shapes != LARGE and kind == "randn" else large_tiles()
+    with tiles, mock.patch("cin_fast.kernels.launch.chip_of", return_value=chip):
         check(draws)
 
 
@@ -219,15 +225,25 @@ def add(function: Callable[..., None], *arguments: object, name: str = "") -> No
     )
 
 
+def add_rule(
+    shapes: tuple[tuple[int, ...], ...], columns: int | None, kind: str, dtype: str, chip: int
+) -> None:
+    size = "large" if shapes == LARGE else "small"
+    name = f"{size}-K{columns}-{kind}-{dtype}-sm_{chip}"
+    add(rule, shapes, columns, kind, dtype, chip, name=name)
+
+
 NAMES = [str(dtype).removeprefix("torch.") for dtype in KERNEL_DTYPES]
+# Both 16-bit types take the same rows: one meets each chip's.
+CHIPS = {"float32": AMPERE, "bfloat16": AMPERE, "float16": HOPPER}
 for _dtype, _kind, _columns in itertools.product(NAMES, INPUT_KINDS, (None, 9)):
-    add(rule, SMALL, _columns, _kind, _dtype, name=f"small-K{_columns}-{_kind}-{_dtype}")
+    add_rule(SMALL, _columns, _kind, _dtype, CHIPS[_dtype])
 for _dtype in NAMES:
-    add(rule, LARGE, None, "randn", _dtype, name=f"large-KNone-randn-{_dtype}")
-add(rule, LARGE, 9, "relu", "bfloat16", name="large-K9-relu-bfloat16")
+    add_rule(LARGE, None, "randn", _dtype, CHIPS[_dtype])
+add_rule(LARGE, 9, "relu", "bfloat16", HOPPER)
 for _dtype in NAMES:
     for _columns in (1, 16, 40):
-        add(rule, SMALL[2:6], _columns, "relu", _dtype, name=f"small-K{_columns}-relu-{_dtype}")
+        add_rule(SMALL[2:6], _columns, "relu", _dtype, CHIPS[_dtype])
     for _function in (
         *(long_rows, wide_values, large_activations, identical_rows, strided, repeatable),
     ):
