@@ -43,19 +43,22 @@ struct Batch {
 };
 
 constexpr int kRepackThreads = 256;
+// Bytes on which the rows of copies start: 128 bytes of one are then four of the second-level
+// cache's sectors, where a start on 16 bytes would make them five.
+constexpr int kRowAlignment = 32;
 // Rows that a block of repack_kernel copies.
 constexpr int kRepackRows = 64;
 
-// To rows of `pitch` elements, zeros beyond `columns`, by pieces that neither the source's rows nor
+// To rows of `width` elements, zeros beyond `columns`, by pieces that neither the source's rows nor
 // its columns break.
 template <class T, class Piece>
 __global__ void __launch_bounds__(kRepackThreads)
     repack_kernel(const T* from, int64_t image_stride, int64_t row_stride, int64_t column_stride,
-                  int rows, int columns, int pitch, T* to, int row_blocks) {
+                  int rows, int columns, int width, int pitch, T* to, int row_blocks) {
   constexpr int kElements = sizeof(Piece) / sizeof(T);
   const int64_t image = blockIdx.x / row_blocks;
   const int first = blockIdx.x % row_blocks * kRepackRows;
-  const int pieces = pitch / kElements, last = min(rows, first + kRepackRows);
+  const int pieces = width / kElements, last = min(rows, first + kRepackRows);
   from += image * image_stride;
   to += image * rows * pitch;
   // Divided once: it costs more than a copy.
@@ -87,11 +90,12 @@ bool in_pieces(const View& view, int columns, int bytes) {
 
 template <class Piece, class T>
 cudaError_t repack(const Context& context, const View& view, const Shape& shape, int columns,
-                   int pitch, T* to) {
+                   const Batch<T>& to) {
   const int row_blocks = divide_up(shape.channels, kRepackRows);
   return launch(context, "repack", repack_kernel<T, Piece>, dim3(shape.batch * row_blocks),
                 kRepackThreads, 0, static_cast<const T*>(view.data), view.strides[0],
-                view.strides[1], view.strides[2], shape.channels, columns, pitch, to, row_blocks);
+                view.strides[1], view.strides[2], shape.channels, columns, to.columns,
+                static_cast<int>(to.pitch), const_cast<T*>(to.data), row_blocks);
 }
 
 // The tensor as tiles can be copied from it: as it stands if its rows start on 16 bytes, or else a
@@ -107,13 +111,13 @@ cudaError_t aligned_batch(const Context& context, const View& view, const Shape&
     *result = {data, shape.channels, columns, view.strides[1]};
     return cudaSuccess;
   }
-  const int pitch = round_up(columns, kElements);
+  const int pitch = round_up(columns, kRowAlignment / static_cast<int>(sizeof(T)));
   const int64_t count = static_cast<int64_t>(shape.batch) * shape.channels * pitch;
   T* copy = static_cast<T*>(context.allocate(context.owner, count * sizeof(T)));
-  *result = {copy, shape.channels, pitch, pitch};
+  *result = {copy, shape.channels, round_up(columns, kElements), pitch};
   if (in_pieces<T>(view, columns, 8))
-    return repack<uint64_t>(context, view, shape, columns, pitch, copy);
-  return repack<T>(context, view, shape, columns, pitch, copy);
+    return repack<uint64_t>(context, view, shape, columns, *result);
+  return repack<T>(context, view, shape, columns, *result);
 }
 
 // Columns of x that fit into shared memory, rows and tiles: 14 x 14 = 196 and 7 x 7 = 49 among

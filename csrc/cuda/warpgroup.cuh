@@ -424,9 +424,10 @@ struct Ring {
   }
 };
 
-// What a consumer does of a block: its rows, from `row` on among the block's, by all columns; or, of
-// a half block, all rows by half of the columns: of each tile, or of every other tile.
-bool is_half;
+// What a consumer does of a block: its rows, from `row` on among the block's, by all columns; or,
+// of a half block, all rows by half of the columns: of each tile, or of every other tile.
+struct Share {
+  bool is_half;
   int row;
 
   __device__ explicit Share(const Place& block)
