@@ -187,7 +187,11 @@ class Comparison:
         group.spent["checks"] = time.monotonic() - started
         if calls and self.timed:
             budget = min(selected.budget, max(0.0, allowed - group.spent["checks"]))
-            group.measured = interleaved(calls, DEVICE, budget=budget, least=self.least)
+            try:
+                group.measured = interleaved(calls, DEVICE, budget=budget, least=self.least)
+            except Exception as error:
+                # Each member then shows it, not the first alone.
+                group.failures.update(dict.fromkeys(calls, error))
             for member, measured in group.measured.items():
                 self.pace.learn(subject, member, flops, statistics.median(measured.seconds))
         group.spent["all"] = time.monotonic() - started

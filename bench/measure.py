@@ -159,12 +159,14 @@ def _cuda_seconds(call: Callable[[], object]) -> float:
 
 
 @cache
-def _flush_buffer() -> torch.Tensor:
-    return torch.empty(256 * _MIB, dtype=torch.uint8, device="cuda")
+def _flush_buffer(device: str) -> torch.Tensor:
+    return torch.empty(256 * _MIB, dtype=torch.uint8, device=device)
 
 
-def _flush_l2() -> None:
-    _flush_buffer().zero_()
+# Made in inference mode, as for the ceilings, the buffer could be refilled in no other.
+@torch.inference_mode()
+def _flush_l2(device: str = "cuda") -> None:
+    _flush_buffer(device).zero_()
 
 
 def _resident(field: str) -> int:

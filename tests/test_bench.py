@@ -50,6 +50,29 @@ def test_nothing_is_collected_while_rounds_are_timed(bench):
     assert seen == [True, False, False, False]
 
 
+def test_the_cache_is_emptied_in_inference_mode_and_out_of_it(bench, monkeypatch):
+    measure = bench("measure")
+    monkeypatch.setattr(measure, "_MIB", 16)
+    with torch.inference_mode():
+        measure._flush_l2("cpu")
+    measure._flush_l2("cpu")
+
+
+def test_what_fails_while_it_is_timed_fails_each_member(bench, monkeypatch):
+    def refuse(*_, **__):
+        raise RuntimeError("no timer")
+
+    compare = bench("compare")
+    monkeypatch.setattr(compare, "interleaved", refuse)
+    comparison = compare.Comparison({"a": compare.Selected(("eager", "cpu"))}, seconds=60.0)
+    monkeypatch.setattr(comparison, "_look_at_ceilings", lambda name: None)
+    group = comparison.group("a", lambda m: compare.Entry(lambda: None, lambda: None))
+    assert {name: str(error) for name, error in group.failures.items()} == {
+        "eager": "no timer",
+        "cpu": "no timer",
+    }
+
+
 def test_peak_memory_is_what_a_call_holds(bench):
     size = 64 << 20
 
