@@ -98,6 +98,20 @@ def test_sci_on_hopper_goes_round_the_ring(emulator: Emulator, columns: int | No
         check_sci("cuda", x, v, dy)
 
 
+@pytest.mark.parametrize("columns", [None, 9])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sci_on_hopper_by_halves(
+    emulator: Emulator, dtype: torch.dtype, columns: int | None
+) -> None:
+    """Blocks of a last wave that would leave half of the chip idle: all of them, and the last one
+    of five on a chip of four multiprocessors."""
+    emulator.choose(HOPPER)
+    for multiprocessors, shape in ((132, (3, 140, 196)), (132, (1, 330, 64)), (4, (1, 600, 49))):
+        emulator.multiprocessors = multiprocessors
+        x, v, dy = inputs("diffuse", shape, columns, dtype)
+        check_sci("cuda", x, v, dy)
+
+
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES)
 def test_sci_in_chunks(emulator: Emulator, dtype: torch.dtype) -> None:
     """More positions than a panel, more columns than a block accumulates."""

@@ -32,6 +32,8 @@ class Mutation:
     shared_limit: int = 72 * 1024
     # With v of 9 columns, or v = x.
     is_thin: bool = False
+    # One: no block is halved.
+    multiprocessors: int = 1
 
 
 WAIT = "ptx::cp_async_wait<1>();"
@@ -56,8 +58,8 @@ MUTATIONS = (
     Mutation(
         "half the quad",
         "softmax.cuh",
-        "return fmaxf(value, __shfl_xor_sync(~0u, value, 2));",
-        "return value;",
+        "higher[half] = further(higher[half], __shfl_xor_sync(~0u, higher[half], 2));",
+        "",
         "error",
     ),
     Mutation(
@@ -126,6 +128,14 @@ def of_warp_groups(
     name: str, file: str, old: str, new: str, symptom: str, kernels: str = "sci_wgmma.cu"
 ) -> Mutation:
     return Mutation(name, file, old, new, symptom, kernels, 0)
+
+
+def of_half_blocks(
+    name: str, file: str, old: str, new: str, symptom: str, is_thin: bool = False
+) -> Mutation:
+    """Where both consumers of a block share 64 rows."""
+    mutation = of_warp_groups(name, file, old, new, symptom)
+    return replace(mutation, is_thin=is_thin, multiprocessors=132)
 
 
 def of_a_pair(
@@ -259,6 +269,98 @@ HOPPER_MUTATIONS = (
         "kProducerRegisters = 24",
         "kProducerRegisters = 40",
         "65536",
+    ),
+    of_warp_groups(
+        "rows stored before all have written",
+        "warpgroup.cuh",
+        "  __syncwarp();\n  row += group_warp() * 16;",
+        "  row += group_warp() * 16;",
+        "race|never written",
+    ),
+    of_warp_groups(
+        "rows overwritten while others multiply them",
+        "warpgroup.cuh",
+        "  ptx::named_barrier<kGroupThreads>(1 + threadIdx.x / kGroupThreads);\n",
+        "",
+        "may still be read",
+    ),
+    of_warp_groups(
+        "row terms given back while others read them",
+        "sci_wgmma.cu",
+        "    __syncwarp();\n    ring.release(tile);",
+        "    ring.release(tile);",
+        "race",
+    ),
+    of_warp_groups(
+        "mirror image of the columns before",
+        "sci_wgmma.cu",
+        "start_nn(acc, weights, both[tile], kWidth);",
+        "start_nn(acc, weights, both[tile], 0);",
+        "error",
+    ),
+    of_warp_groups(
+        "row terms of the tile before",
+        "warpgroup.cuh",
+        "terms + tile * kWidth, kStageBytes",
+        "terms + (tile > 0 ? tile - 1 : 0) * kWidth, kStageBytes",
+        "error",
+    ),
+    of_half_blocks(
+        "half of the columns twice",
+        "sci_wgmma.cu",
+        "own.is_second() ? kWidth / 2 : 0;",
+        "own.is_second() ? 0 : 0;",
+        "error",
+    ),
+    of_half_blocks(
+        "sums of one half alone",
+        "sci_wgmma.cu",
+        "acc[m][i] * mine + merger.at(4 + 4 * m + i) * theirs",
+        "acc[m][i] * mine",
+        "error",
+    ),
+    of_half_blocks(
+        "halves' peaks not brought together",
+        "sci_wgmma.cu",
+        "acc[m][i] * mine + merger",
+        "acc[m][i] + merger",
+        "error",
+    ),
+    of_half_blocks(
+        "tiles overwritten while others multiply them",
+        "sci_wgmma.cu",
+        "  merger.meet();\n  if (own.is_second()) {\n#pragma",
+        "  if (own.is_second()) {\n#pragma",
+        "may still be read|race|in flight",
+    ),
+    of_half_blocks(
+        "numbers taken before they are given",
+        "sci_wgmma.cu",
+        "  merger.meet();\n  if (own.is_second()) return false;",
+        "  if (own.is_second()) return false;",
+        "race|never written",
+    ),
+    of_half_blocks(
+        "gradients of every other tile alone",
+        "sci_wgmma.cu",
+        "merger.add_to(acc, 0);",
+        "",
+        "error",
+    ),
+    of_half_blocks(
+        "thin gradients of every other tile alone",
+        "sci_wgmma.cu",
+        "thin_merger.add_to(thin, 0);",
+        "(void)thin_merger;",
+        "error",
+        is_thin=True,
+    ),
+    of_half_blocks(
+        "the other's tiles kept",
+        "warpgroup.cuh",
+        "if (tile + 1 < tiles) ring.pass(tile + 1);",
+        "",
+        "deadlock",
     ),
     of_a_pair("trade unawaited", BACKWARD, "  trade.meet();\n", "", "race|never written"),
     of_a_pair(
@@ -503,6 +605,7 @@ def test_mutation_is_seen(
 def run(emulator: Emulator, mutation: Mutation, x: Tensor, v: Tensor | None, dy: Tensor) -> None:
     if mutation in HOPPER_MUTATIONS:
         emulator.choose(HOPPER)
+        emulator.multiprocessors = mutation.multiprocessors
     else:
         emulator.shared_limit = mutation.shared_limit
     if mutation.kernels.startswith("cci"):
