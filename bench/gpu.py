@@ -79,7 +79,9 @@ def pytest_command(*arguments: str, processes: int = 1) -> tuple[str, ...]:
     return (sys.executable, "-m", "pytest", *bare, *several, *arguments)
 
 
-def plan(chip: str, sanitizer: str | None, *, build: bool, patient: bool) -> list[Stage]:
+def plan(
+    chip: str, sanitizer: str | None, *, build: bool, patient: bool, commit: str | None = None
+) -> list[Stage]:
     """What is done, in order.
 
     Args:
@@ -87,9 +89,10 @@ def plan(chip: str, sanitizer: str | None, *, build: bool, patient: bool) -> lis
         sanitizer: compute-sanitizer's path; None leaves its steps out.
         build: False where the extension is there already.
         patient: rivals that compile have a turn, too.
+        commit: what runs, where git does not know.
     """
     right = (*test_steps(), *(sanitizer_steps(sanitizer) if sanitizer else ()))
-    alone = [(step,) for step in bench_steps(patient)]
+    alone = [(step,) for step in (*bench_steps(patient), kernel_step(commit))]
     return [*([(build_step(chip),)] if build else []), right, *alone]
 
 
@@ -130,6 +133,12 @@ def bench_steps(patient: bool) -> Iterator[Step]:
         arguments = ("--benchmark-only", f"--benchmark-json={path}", "-k", chosen)
         command = pytest_command(f"bench/bench_{subject}.py", *arguments)
         yield Step(f"bench {subject}", command, share, json=path)
+
+
+def kernel_step(commit: str | None) -> Step:
+    """Each operator's calls and their kernels, in a file of its own beside gpu.json."""
+    named = ("--commit", commit) if commit else ()
+    return Step("kernel times", (sys.executable, "bench/kernel_times.py", *named), 1.5)
 
 
 def run(
@@ -362,6 +371,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         shutil.which("compute-sanitizer"),
         build=not options.no_build,
         patient=options.limit >= PATIENT,
+        commit=options.commit,
     )
     path = results_folder() / "gpu.json"
     outcomes = run(planned, options.limit - MARGIN, lambda outcomes: write(path, about, outcomes))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,16 @@ OURS = ("triton", "cuda")
 _NO_RIVAL = (*OURS, "cpu", "reference")
 # Left out of a run that is short of time.
 _SLOW_TO_COMPILE = ("compiled", "flex")
-_TITLES = {"sci": "dense `sci`", "head": "head, pooled", "cci": "dense `cci`"}
+_TITLES = {
+    "sci": "dense `sci`",
+    "thin sci": "thin `sci`",
+    "head": "head, pooled",
+    "cci": "dense `cci`",
+    "thin cci": "thin `cci`",
+}
+HOW_TO_READ = """Medians; the ratio and the share are the faster backend's. Products are counted as
+written (`sci`: 4 C²L an image forward, 10 C²L more backward), so a share counts useful
+operations."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +65,7 @@ class Group:
 
     def milliseconds(self, name: str) -> str:
         """The median of one; ``-`` if it was not measured."""
-        return f"{1e3 * self.seconds[name]:.3f}" if name in self.seconds else "-"
+        return f"{1e3 * self.seconds[name]:.4f}" if name in self.seconds else "-"
 
     def named(self, name: str) -> str:
         """Milliseconds and whose they are."""
@@ -120,18 +131,28 @@ def _best(parts: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, float
 
 
 def machine_line(run: GpuRun) -> str:
-    """Device, driver, versions, commit, and the ceilings of the same run."""
+    """Device, driver, versions, commit, and what was measured of the device in the same run."""
     about, versions = run.about, run.about["versions"]
+    line = (
+        f"{about['device']}, driver {about['driver']}; torch {versions['torch']}, triton "
+        f"{versions['triton']}, CUDA {versions['cuda (torch)']}; cin_fast "
+        f"{short_commit(about['commit'])}, {about['date']}"
+    )
+    return f"{line}; measured in the same run: {ceilings(run)}." if run.ceilings else f"{line}."
+
+
+def short_commit(commit: str) -> str:
+    """Its first twelve digits, and what follows them of other kind, as ``-dirty``."""
+    return re.sub(r"^([0-9a-f]{12})[0-9a-f]*", r"\1", commit)
+
+
+def ceilings(run: GpuRun) -> str:
+    """Products and copy."""
     products = [
         f"{name} product {one['flops'] / 1e12:.0f} TFLOP/s" for name, one in run.ceilings.items()
     ]
     copies = [one["bytes"] for one in run.ceilings.values()]
-    ceilings = [*products, *([f"copy {max(copies) / 1e9:.0f} GB/s"] if copies else [])]
-    return (
-        f"{about['device']}, driver {about['driver']}; torch {versions['torch']}, triton "
-        f"{versions['triton']}, CUDA {versions['cuda (torch)']}; cin_fast {about['commit']}, "
-        f"{about['date']}; measured in the same run: {', '.join(ceilings) or 'no ceiling'}."
-    )
+    return ", ".join([*products, f"copy {max(copies) / 1e9:.0f} GB/s"])
 
 
 def table(run: GpuRun) -> str:
@@ -143,7 +164,7 @@ def table(run: GpuRun) -> str:
          run.share(group))
         for group in run.groups
     ]  # fmt: skip
-    return _markdown(header, rows)
+    return markdown(header, rows)
 
 
 def short_table(run: GpuRun) -> str:
@@ -153,10 +174,11 @@ def short_table(run: GpuRun) -> str:
         (group.title, group.named(group.rival), group.named(group.ours), group.ratio)
         for group in run.groups
     ]
-    return _markdown(header, rows)
+    return markdown(header, rows)
 
 
-def _markdown(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def markdown(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
+    """A table whose first column is text; empty without rows."""
     if not rows:
         return ""
     rule = ("---", *("---:" for _ in header[1:]))
@@ -166,33 +188,35 @@ def _markdown(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 def readme_paragraphs(run: GpuRun, where: str) -> list[str]:
     """What the README says of a GPU; ``where`` is its folder."""
     shapes = ", ".join(dict.fromkeys(group.shape for group in run.groups))
+    medians = (
+        f"Medians, L2 emptied before every call; {shapes}. Every rival and how" if shapes else "How"
+    )
+    failed = [one["name"] for one in run.steps if one["status"] != "passed"]
     return [
         f"On a GPU: {machine_line(run)}",
         short_table(run),
         (
-            f"Medians, L2 emptied before every call; {shapes or 'nothing measured'}. Every rival "
-            "and how each check ended: [docs/kernels.md](docs/kernels.md#measured) and "
-            f"[{where}/gpu.json]({where}/gpu.json). To repeat: `make gpu` (at most 9 minutes)."
+            f"{medians} each step ended: [docs/kernels.md](docs/kernels.md#measured) and "
+            f"[{where}/gpu.json]({where}/gpu.json); not passed: {', '.join(failed) or 'none'}. "
+            "To repeat: `make gpu` (at most 9 minutes)."
         ),
     ]
 
 
 def kernels_paragraphs(run: GpuRun, where: str) -> list[str]:
     """What docs/kernels.md says of a GPU: the table, who had no turn, how every step ended."""
+    how = f"{HOW_TO_READ} Spreads and memory: `{where}/gpu.json`." if run.groups else ""
     return [
         machine_line(run),
         table(run),
-        (
-            "Medians; the ratio and the share are the faster backend's. Products are counted as "
-            "written (`sci`: 4 C²L an image forward, 10 C²L more backward), so a share counts "
-            f"useful operations. Spreads and memory: `{where}/gpu.json`."
-        ),
-        "\n".join(_left_out(run)),
+        how,
+        "\n".join(left_out(run)),
         "\n".join(f"- {one['name']}: {one['status']} ({one['summary']})" for one in run.steps),
     ]
 
 
-def _left_out(run: GpuRun) -> list[str]:
+def left_out(run: GpuRun) -> list[str]:
+    """Which rivals were not measured, and why: a line each."""
     reasons: dict[tuple[str, str], list[str]] = {}
     for one in run.left_out:
         if one["rival"] not in _NO_RIVAL:

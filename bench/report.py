@@ -19,6 +19,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import gpu_report  # noqa: E402
+import kernel_report  # noqa: E402
 from results_file import (  # noqa: E402
     ATTENTION,
     OURS,
@@ -224,23 +225,30 @@ def targets_table(targets: dict[str, Any]) -> str:
 def readme_section(results: Path) -> str:
     """What stands between the README's marks, from every machine's folder in ``results``."""
     parts = [part for folder in sorted(results.glob("*/")) for part in _machine_section(folder)]
-    gpu = _gpu_paragraphs(results, gpu_report.readme_paragraphs)
+    gpu = _gpu_paragraphs(
+        results, gpu_report.readme_paragraphs, kernel_report.readme_paragraphs
+    )  # fmt: skip
     return _section([*(parts or [NOTHING]), *gpu])
 
 
 def kernels_section(results: Path) -> str:
     """What stands between the marks of docs/kernels.md, from every GPU's folder."""
-    return _section(_gpu_paragraphs(results, gpu_report.kernels_paragraphs))
+    return _section(
+        _gpu_paragraphs(results, gpu_report.kernels_paragraphs, kernel_report.kernels_paragraphs)
+    )
 
 
 def _gpu_paragraphs(
-    results: Path, paragraphs: Callable[[gpu_report.GpuRun, str], list[str]]
+    results: Path,
+    of_run: Callable[[gpu_report.GpuRun, str], list[str]],
+    of_kernels: Callable[[kernel_report.KernelRun, str], list[str]],
 ) -> list[str]:
-    found = [
-        part
-        for path in sorted(results.glob("*/gpu.json"))
-        for part in paragraphs(gpu_report.load(path), f"bench/results/{path.parent.name}")
-    ]
+    found = []
+    for path in sorted(results.glob("*/gpu.json")):
+        where, kernels = f"bench/results/{path.parent.name}", path.with_name(kernel_report.FILE)
+        found += of_run(gpu_report.load(path), where)
+        if kernels.exists():
+            found += of_kernels(kernel_report.load(kernels), where)
     return found or [NO_GPU]
 
 
@@ -339,12 +347,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(path)
     if options.gpu is not None:
         try:
-            print(gpu_report.table(gpu_report.load(options.gpu)))
+            print(gpu_report.table(gpu_report.load(options.gpu)) or "no medians")
+            section = kernels_section(RESULTS)
         except (OSError, ValueError) as error:
             print(f"report: error: {options.gpu}: no run of make gpu ({error})", file=sys.stderr)
             return 2
         text = KERNELS.read_text()
-        KERNELS.write_text(replace_section(text, kernels_section(RESULTS), KERNELS.name))
+        KERNELS.write_text(replace_section(text, section, KERNELS.name))
     if options.readme or options.gpu is not None:
         README.write_text(replace_section(README.read_text(), readme_section(RESULTS)))
         print(README)

@@ -123,12 +123,22 @@ def test_the_plan_builds_tests_sanitizes_and_measures(gpu: ModuleType) -> None:
     assert stages[0][0].environment["TORCH_CUDA_ARCH_LIST"] == "9.0a"
     tools = ["memcheck", "racecheck", "initcheck", "synccheck"]
     assert right == ["triton tests", "cuda tests", "ptx tests", *tools]
-    assert alone == [["bench sci"], ["bench head"], ["bench cci"]]
+    assert alone == [["bench sci"], ["bench head"], ["bench cci"], ["kernel times"]]
     without = gpu.plan("9.0a", None, build=False, patient=True)
-    assert [len(stage) for stage in without] == [3, 1, 1, 1]
+    assert [len(stage) for stage in without] == [3, 1, 1, 1, 1]
     for path in (part for stage in stages for one in stage for part in one.command):
         if path.startswith(("tests/", "bench/")):
             assert (gpu.ROOT / path).exists()
+
+
+def test_kernel_times_name_the_commit_that_git_does_not_know(gpu: ModuleType) -> None:
+    def command(commit: str | None) -> tuple[str, ...]:
+        planned = gpu.plan("9.0a", None, build=False, patient=False, commit=commit)
+        (step,) = planned[-1]
+        return step.command[1:]
+
+    assert command("abc") == ("bench/kernel_times.py", "--commit", "abc")
+    assert command(None) == ("bench/kernel_times.py",)
 
 
 @pytest.mark.slow
@@ -243,9 +253,10 @@ def test_the_json_says_where_and_what(gpu: ModuleType, tmp_path: Path) -> None:
     assert [found.name for found in path.parent.iterdir()] == ["gpu.json"]
 
 
-def test_without_a_gpu_one_line_and_nothing_built(repository: Path) -> None:
+@pytest.mark.parametrize("script", ["gpu.py", "kernel_times.py"])
+def test_without_a_gpu_one_line_and_nothing_built(repository: Path, script: str) -> None:
     result = subprocess.run(
-        [sys.executable, str(repository / "bench" / "gpu.py")],
+        [sys.executable, str(repository / "bench" / script)],
         env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
@@ -254,5 +265,5 @@ def test_without_a_gpu_one_line_and_nothing_built(repository: Path) -> None:
     assert result.returncode == 2
     assert result.stdout == ""
     assert result.stderr.strip() == (
-        "bench/gpu.py: torch sees no CUDA device: nothing was built or run"
+        f"bench/{script}: torch sees no CUDA device: nothing was built or run"
     )

@@ -1,0 +1,149 @@
+"""``python bench/kernel_times.py``: where a GPU's time goes, kernel by kernel.
+
+Times each operator at ResNet-50's map at 448 px in bfloat16, forward and in both directions, dense
+``sci`` beside plain PyTorch's ways, and splits a call in both directions into its kernels. Writes
+``kernels.json`` under bench/results/MACHINE after every operator.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from cases import DEVICE, Case, main_case
+from gpu import describe_device, no_gpu
+from machine import results_folder
+from measure import interleaved, measure_ceilings
+from operators import Problem, run
+from rivals import OURS, eager_cci, eager_sci, sci_rivals
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+import cin_fast
+from cin_fast.cost import sci_flops
+from cin_fast.testing import make_input, make_pairs
+
+BACKENDS, THIN, ROUNDS, TRACED = ("cuda", "triton"), 9, 12, 6
+LEAST_SECONDS = 4e-6
+
+
+@dataclass(frozen=True)
+class Subject:
+    """An operator with ``columns`` of v, who computes it, and on what."""
+
+    operator: str
+    columns: int
+    ways: Mapping[str, Callable[..., Tensor]]
+    problem: Problem
+
+
+def subjects(case: Case) -> Iterator[Subject]:
+    """``sci`` and ``cci``, each with v = x and with thin v."""
+    shape = (case.batch, case.channels, case.positions)
+    x, dy = (make_input(kind, shape, case.dtype, "cuda", seed)
+             for seed, kind in enumerate(("relu", "randn")))  # fmt: skip
+    v, dv = (make_input("randn", (*shape[:2], THIN), case.dtype, "cuda", seed) for seed in (2, 3))
+    partner, eta = make_pairs(case.batch, "cuda")
+    others = {r.name: r.call for r in sci_rivals() if not r.compiles and r.name not in OURS}
+    sci = {name: partial(cin_fast.sci, backend=name) for name in BACKENDS}
+    cci = {name: partial(_cci, backend=name) for name in BACKENDS}
+    yield Subject("sci", case.positions, {**others, **sci}, Problem(eager_sci, (x,), dy=dy))
+    yield Subject("sci", THIN, sci, Problem(eager_sci, (x, v), dy=dv))
+    yield Subject("cci", case.positions, cci, Problem(eager_cci, (x,), (eta,), partner, dy))
+    yield Subject("cci", THIN, cci, Problem(eager_cci, (x, v), (eta,), partner, dv))
+
+
+def _cci(x: Tensor, *more: Tensor, backend: str) -> Tensor:
+    *v, eta, partner = more
+    return cin_fast.cci(x, partner, eta, *v, backend=backend)
+
+
+def flops(case: Case, columns: int) -> dict[str, int]:
+    """Products as written: those of x x^T and W v forward; 3 L and 2 K columns more backward."""
+    x, v = ((case.batch, case.channels, width) for width in (case.positions, columns))
+    forward = sci_flops(x, v)
+    return {"forward": forward, "both": 3 * forward + sci_flops(x, (*v[:2], 0))}
+
+
+def rows(subject: Subject, case: Case, commit: str) -> tuple[list[Any], list[Any]]:
+    """A row of kernels.json for each way that runs, and a reason for each that does not."""
+    both, forward = subject.problem, replace(subject.problem, dy=None)
+    found: dict[str, dict[str, Any]] = {}
+    reasons, about = [], {"operator": subject.operator, "columns": subject.columns}
+    for name, call in subject.ways.items():
+        try:
+            kernels = split(partial(run, call, both))
+            found[name] = {**about, "name": name, "commit": commit, "kernels": kernels}
+        except (RuntimeError, ValueError) as error:
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            reasons.append({**about, "name": name, "reason": reason})
+    work = flops(case, subject.columns)
+    for direction, given in (("forward", forward), ("both", both)):
+        calls = {name: partial(run, subject.ways[name], given) for name in found}
+        timed = interleaved(calls, DEVICE, budget=0.0, least=ROUNDS, most=ROUNDS) if calls else {}
+        for name, one in timed.items():
+            found[name][direction] = {"seconds": median(one.seconds), "flops": work[direction]}
+    return list(found.values()), reasons
+
+
+def split(call: Callable[[], object]) -> list[dict[str, Any]]:
+    """Device seconds of a call by kernel, longest first."""
+    call()
+    with profile(activities=[ProfilerActivity.CUDA]) as traced:
+        for _ in range(TRACED):
+            call()
+        torch.cuda.synchronize()
+    found = [
+        {"name": short_name(one.key), "calls": one.count // TRACED,
+         "seconds": one.self_device_time_total / TRACED / 1e6}
+        for one in traced.key_averages()
+    ]  # fmt: skip
+    found = [one for one in found if one["seconds"] >= LEAST_SECONDS]
+    return sorted(found, key=lambda one: one["seconds"], reverse=True)
+
+
+def short_name(kernel: str) -> str:
+    """Its own name, without namespace, template and parameters; of PyTorch's, what it applies."""
+    if applied := re.search(r"\w+_kernel_cuda|\w*Functor\w*", kernel):
+        return applied[0]
+    plain = re.sub(r"\((anonymous namespace|int|bool)\)|<unnamed>", "", kernel)
+    return re.split(r"[<(]", plain)[0].split("::")[-1].split(" ")[-1] or kernel
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """0 if every backend ran, 1 if one did not, 2 where nothing can run."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--output", type=Path, help="(default: bench/results/MACHINE/kernels.json)")
+    parser.add_argument("--commit", help="what runs, where git does not know")
+    options = parser.parse_args(arguments)
+    if problem := no_gpu():
+        print(f"bench/kernel_times.py: {problem}", file=sys.stderr)
+        return 2
+    case, about = main_case("bfloat16"), describe_device()
+    about |= {"commit": options.commit or about["commit"], "case": vars(case)}
+    limits = {case.dtype_name: vars(measure_ceilings(case.dtype, DEVICE))}
+    about |= {"ceilings": limits, "left_out": [], "rows": []}
+    path = options.output or results_folder() / "kernels.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for subject in subjects(case):
+        measured, reasons = rows(subject, case, about["commit"])
+        about["rows"] += measured
+        about["left_out"] += reasons
+        path.write_text(json.dumps(about, indent=2) + "\n")
+    print(f"bench/kernel_times.py: {path}")
+    return int(any(one["name"] in BACKENDS for one in about["left_out"]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
