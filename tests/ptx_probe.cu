@@ -207,6 +207,26 @@ __global__ void bulk_copy(const __grid_constant__ ptx::TensorMap map, int row_by
 #endif
 }
 
+// 512 bytes as they lie.
+__global__ void bulk_copy_bytes(const float* from, float* to) {
+#ifdef CIN_FAST_WGMMA
+  SharedMemory shared;
+  float* numbers = shared.take<float>(128);
+  uint64_t* full = shared.take<uint64_t>(1);
+  if (threadIdx.x == 0) {
+    ptx::mbarrier_init(full, 1);
+    ptx::fence_mbarrier_init();
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    ptx::mbarrier_arrive_expect(full, 512);
+    ptx::bulk_copy(numbers, from, 512, full);
+  }
+  ptx::mbarrier_wait(full, 0);
+  to[threadIdx.x] = numbers[threadIdx.x];
+#endif
+}
+
 template <class... Parameters, class... Arguments>
 int run(const char* name, int threads, void (*kernel)(Parameters...), Arguments... arguments) {
   launch_kernel(kernel, name, dim3(1), threads, 40960, nullptr, arguments...);
@@ -265,6 +285,9 @@ extern "C" int probe_bulk_copy_bf16(const void* from, void* to, const int* numbe
 }
 extern "C" int probe_bulk_copy_fp16(const void* from, void* to, const int* numbers) {
   return run_bulk_copy<__half>(from, to, numbers);
+}
+extern "C" int probe_bulk_copy_bytes(const float* from, float* to) {
+  return run("bulk_copy_bytes", 128, bulk_copy_bytes, from, to);
 }
 extern "C" int probe_mma_bf16(const void* a, const void* b, float* c) {
   using T = __nv_bfloat16;

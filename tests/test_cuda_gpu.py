@@ -42,6 +42,21 @@ def test_rule(device: torch.device, kind: str, dtype: torch.dtype, columns: int 
 
 @pytest.mark.parametrize("columns", [None, 9])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rule_beyond_the_first_wave(
+    device: torch.device, dtype: torch.dtype, columns: int | None
+) -> None:
+    """More blocks than multiprocessors: on Hopper whole ones, and halves in the last wave."""
+    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+    shape = (multiprocessors // 2 + 2, 200, 196)
+    x = make_input("diffuse", shape, dtype, device)
+    v = make_input("randn", (*shape[:2], columns), dtype, device, 1) if columns else None
+    dy = make_input("randn", (*shape[:2], columns or shape[2]), dtype, device, 2)
+    check_sci("cuda", x, v, dy)
+    check_cci("cuda", x, *make_pairs(shape[0], device), v, dy)
+
+
+@pytest.mark.parametrize("columns", [None, 9])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_rule_without_wgmma(
     device: torch.device,
     dtype: torch.dtype,

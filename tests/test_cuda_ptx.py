@@ -212,3 +212,23 @@ def test_bulk_copy(probe: Probe, row_bytes: int, dtype: str) -> None:
         pointers = [ctypes.c_void_p(t.data_ptr()) for t in (from_, to, described)]
         assert getattr(probe._library, f"probe_bulk_copy_{dtype}")(*pointers) == 0
         assert torch.equal(to.cpu(), padded[image, row : row + 8, column : column + across])
+
+
+def test_bulk_copy_of_bytes(probe: Probe) -> None:
+    skip_unless_hopper(probe)
+    numbers = torch.randn(128)
+    _, copied = probe("bulk_copy_bytes", numbers, torch.full((128,), float("nan")))
+    assert torch.equal(copied, numbers)
+
+
+def test_a_bulk_copy_starts_on_16_bytes(probe: Probe) -> None:
+    """The hardware calls anything else an illegal instruction, which would end this process."""
+    if probe.device == "cuda":
+        pytest.skip("the emulation's check, of what was seen on a GPU")
+    source, to = torch.zeros(1, 8, 72, dtype=torch.bfloat16), torch.zeros(8, 16)
+    described = torch.tensor((1, 8, 72, 32, 4, 0, 0), dtype=torch.int32)
+    probe._library.emulation_reset(0, 48 * 1024)
+    pointers = [ctypes.c_void_p(t.data_ptr()) for t in (source, to, described)]
+    probe._library.probe_bulk_copy_bf16(*pointers)
+    probe._library.emulation_error.restype = ctypes.c_char_p
+    assert b"does not start on 16 bytes" in probe._library.emulation_error()
