@@ -156,12 +156,16 @@ def test_the_benchmarks_select_what_is_reported(
     fused = {"sdpa-flash", "sdpa-efficient", "sdpa-cudnn"}
     rivals = {"eager", "sdpa", "cpu", "triton", "cuda"} | ({"compiled"} if patient else set())
     more = {"sci": fused | ({"flex"} if patient else set()), "head": set(), "cci": {"sdpa"}}
-    for one in gpu.bench_steps(patient):
+    # Beside xdist's variables pytest-benchmark would refuse.
+    env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    env["PYTHONPATH"] = f"{tmp_path}{os.pathsep}{gpu.ROOT / 'bench'}"
+    # The ways of leaving rivals out are the same for each subject.
+    for one in list(gpu.bench_steps(patient))[: 3 if patient else 1]:
         subject = one.name.split()[1]
         result = subprocess.run(
             [*one.command, "-p", "pretend", "--collect-only"],
             cwd=gpu.ROOT,
-            env=os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{gpu.ROOT / 'bench'}"},
+            env=env,
             capture_output=True,
             text=True,
             timeout=100,
