@@ -12,6 +12,7 @@ import argparse
 import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -230,7 +231,8 @@ def _outcome(step: Step, status: str, started: float, output: str) -> Outcome:
 
 
 def _without_paths(text: str) -> str:
-    return text.replace(sys.executable, "python").replace(f"{ROOT}/", "")
+    text = text.replace(sys.executable, "python").replace(f"{ROOT}/", "")
+    return re.sub(r"[^\s'\"]*/(?=site-packages/)", "", text)
 
 
 def measured(path: Path) -> dict[str, Any]:

@@ -97,9 +97,10 @@ def test_what_only_skipped_has_not_passed(gpu: ModuleType) -> None:
 
 
 def test_what_is_published_names_no_folder(gpu: ModuleType) -> None:
-    code = f"print({str(gpu.ROOT / 'tests')!r}); raise SystemExit(1)"
+    library = "../../opt/some/lib/site-packages/torch/jit.py:365"
+    code = f"print({str(gpu.ROOT / 'tests')!r}, {library!r}); raise SystemExit(1)"
     outcome = gpu.run_step(step(gpu, "one", code), 30.0)
-    assert outcome.tail == "tests\n"
+    assert outcome.tail == "tests site-packages/torch/jit.py:365\n"
     assert outcome.command.startswith("python -c")
 
 
