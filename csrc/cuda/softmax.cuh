@@ -92,8 +92,8 @@ struct RunningSoftmax {
     }
   }
 
-  // Takes in what was seen of other columns: `rescale(half, own, other)` brings both sides' sums of
-  // a row to the common peak.
+  // Takes in what was seen of other columns: `rescale_both(half, own, other)` brings both sides'
+  // sums of a row to the common peak.
   template <class Rescale>
   __device__ void merge(const float (&other_peak)[2], const float (&other_sum)[2],
                         const Rescale& rescale_both) {

@@ -177,6 +177,7 @@ void run_block(uint32_t number, size_t shared_bytes) {
   machine.block = &block;
   blockIdx = {number % gridDim.x, number / gridDim.x % gridDim.y, number / gridDim.x / gridDim.y};
   const unsigned threads = blockDim.x;
+  if (threads > 32 * kMaxWarps) fail("%u threads, more than are kept account of", threads);
   block.warps.resize((threads + 31) / 32);
   block.groups.resize(threads / kGroupThreads);
   while (machine.pool.size() < threads) machine.pool.emplace_back(new Fiber);
