@@ -227,9 +227,22 @@ __global__ void bulk_copy_bytes(const float* from, float* to) {
 #endif
 }
 
+// Takes its time behind the launch of the kernel that follows, then writes what that one copies.
+__global__ void grid_dependency_first(const float* from, float* to) {
+  ptx::grid_dependency_launch();
+  volatile float* const changing = to;
+  for (int i = 0; i < 100000; ++i) changing[threadIdx.x] = 0.f;
+  to[threadIdx.x] = from[threadIdx.x];
+}
+
+__global__ void grid_dependency_second(const float* from, float* to) {
+  ptx::grid_dependency_wait();
+  to[threadIdx.x] = from[threadIdx.x];
+}
+
 template <class... Parameters, class... Arguments>
 int run(const char* name, int threads, void (*kernel)(Parameters...), Arguments... arguments) {
-  launch_kernel(kernel, name, dim3(1), threads, 40960, nullptr, arguments...);
+  launch_kernel(kernel, name, dim3(1), threads, 40960, nullptr, false, arguments...);
   return cudaGetLastError();
 }
 
@@ -288,6 +301,13 @@ extern "C" int probe_bulk_copy_fp16(const void* from, void* to, const int* numbe
 }
 extern "C" int probe_bulk_copy_bytes(const float* from, float* to) {
   return run("bulk_copy_bytes", 128, bulk_copy_bytes, from, to);
+}
+extern "C" int probe_grid_dependency(const float* from, float* between, float* to) {
+  launch_kernel(grid_dependency_first, "grid_dependency_first", dim3(1), 32, 0, nullptr, false,
+                from, between);
+  launch_kernel(grid_dependency_second, "grid_dependency_second", dim3(1), 32, 0, nullptr, true,
+                between, to);
+  return cudaGetLastError();
 }
 extern "C" int probe_mma_bf16(const void* a, const void* b, float* c) {
   using T = __nv_bfloat16;

@@ -221,3 +221,22 @@ def test_the_operators_register_without_a_gpu(library: Path) -> None:
     torch.ops.load_library(str(library))
     for stem in ("sci", "sci_backward", "cci", "cci_backward"):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"cin_fast::cuda_{stem}", "CUDA")
+
+
+def test_copies_have_all_their_loads_under_way(library: Path) -> None:
+    """A store between two loads would make the second wait for the first."""
+    copies = [body for (name, _), body in machine_code(library).items() if "repack" in name]
+    assert len(copies) == 2 * 6
+    for body in copies:
+        accesses = re.findall(r"\b(?:LDG|STG)\b", body)
+        assert accesses[:8] == ["LDG"] * 8
+        assert set(accesses[8:16]) == {"STG"}
+
+
+def test_kernels_that_start_early_wait(library: Path) -> None:
+    """For the kernel before them, which says when; on a chip where none does, nobody asks."""
+    for (name, chip), body in machine_code(library).items():
+        is_early = "wgmma" in name and chip == "sm_90a"
+        says_when = is_early or ("repack" in name and chip == "sm_90a")
+        assert ("ACQBULK" in body) == is_early, (name, chip)
+        assert ("PREEXIT" in body) == says_when, (name, chip)

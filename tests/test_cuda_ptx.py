@@ -221,6 +221,13 @@ def test_bulk_copy_of_bytes(probe: Probe) -> None:
     assert torch.equal(copied, numbers)
 
 
+def test_grid_dependency(probe: Probe) -> None:
+    """The second kernel starts during the first, and yet sees what that one writes at its end."""
+    skip_unless_hopper(probe)
+    numbers, nothing = torch.randn(32), torch.full((32,), float("nan"))
+    assert torch.equal(probe("grid_dependency", numbers, nothing, nothing)[2], numbers)
+
+
 def test_a_bulk_copy_starts_on_16_bytes(probe: Probe) -> None:
     """The hardware calls anything else an illegal instruction, which would end this process."""
     if probe.device == "cuda":

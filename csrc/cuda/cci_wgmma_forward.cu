@@ -22,6 +22,7 @@ __global__ void __launch_bounds__(kPipelineThreads, 1)
     cci_wgmma_statistics_kernel(const __grid_constant__ Maps maps, StatisticsParameters<T> p,
                                 int row_blocks) {
 #ifdef CIN_FAST_WGMMA
+  follow();
   using Tiles = StatisticsTiles<T, kColumns>;
   constexpr int kWidth = Tiles::kWidth, kStages = Tiles::kStages;
   const Place block(row_blocks, kConsumerRows);
@@ -92,6 +93,7 @@ __global__ void __launch_bounds__(kPipelineThreads, 1)
     cci_wgmma_forward_kernel(const __grid_constant__ Maps maps, ForwardParameters<T> p,
                              int row_blocks) {
 #ifdef CIN_FAST_WGMMA
+  follow();
   using Products = HalfProducts<T>;
   using Tiles = ForwardTiles<T, kColumns>;
   constexpr int kWidth = Tiles::kWidth, kStages = Tiles::kStages;
@@ -181,6 +183,7 @@ __global__ void __launch_bounds__(kPipelineThreads, 1)
     cci_wgmma_tied_forward_kernel(const __grid_constant__ Maps maps, ForwardParameters<T> p,
                                   int row_blocks) {
 #ifdef CIN_FAST_WGMMA
+  follow();
   using Products = HalfProducts<T>;
   using Tiles = TiedTiles<T, kColumns>;
   constexpr int kWidth = Tiles::kWidth, kStages = Tiles::kStages;

@@ -25,6 +25,7 @@ __global__ void __launch_bounds__(kPipelineThreads, 1)
     cci_wgmma_tied_terms_kernel(const __grid_constant__ Maps maps, BackwardParameters<T> p,
                                 int row_blocks) {
 #ifdef CIN_FAST_WGMMA
+  follow();
   using Products = HalfProducts<T>;
   using Tiles = TermsTiles<T, kColumns>;
   constexpr int kWidth = Tiles::kWidth, kStages = Tiles::kStages;
@@ -127,6 +128,7 @@ __global__ void __launch_bounds__(kPipelineThreads, 1)
     cci_wgmma_tied_backward_kernel(const __grid_constant__ Maps maps, BackwardParameters<T> p,
                                    int row_blocks) {
 #ifdef CIN_FAST_WGMMA
+  follow();
   using Products = HalfProducts<T>;
   using Tiles = BackwardTiles<T, kColumns>;
   constexpr int kWidth = Tiles::kWidth, kHalf = Tiles::kHalf, kStages = Tiles::kStages;

@@ -12,14 +12,15 @@
 
 namespace cin_fast {
 
-// Launches, after asking for shared memory beyond what every kernel may have, and checks.
-template <class... Parameters, class... Arguments>
+// Launches, after asking for shared memory beyond what every kernel may have, and checks. What is
+// launched early touches no global memory before its ptx::grid_dependency_wait().
+template <bool kEarly = false, class... Parameters, class... Arguments>
 cudaError_t launch(const Context& context, const char* name, void (*kernel)(Parameters...),
                    dim3 grid, int threads, size_t shared_bytes, const Arguments&... arguments) {
   if (shared_bytes > 48 * 1024)
     CIN_FAST_RETURN_IF_ERROR(cudaFuncSetAttribute(
         kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)));
-  launch_kernel(kernel, name, grid, threads, shared_bytes, context.stream, arguments...);
+  launch_kernel(kernel, name, grid, threads, shared_bytes, context.stream, kEarly, arguments...);
   return cudaGetLastError();
 }
 
@@ -42,40 +43,39 @@ struct Batch {
   }
 };
 
-constexpr int kRepackThreads = 256;
+// Warps of a block of repack_kernel, and the rows that they copy.
+constexpr int kRepackWarps = 8, kRepackRows = 64;
 // Bytes on which the rows of copies start: 128 bytes of one are then four of the second-level
 // cache's sectors, where a start on 16 bytes would make them five.
 constexpr int kRowAlignment = 32;
-// Rows that a block of repack_kernel copies.
-constexpr int kRepackRows = 64;
 
 // To rows of `width` elements, zeros beyond `columns`, by pieces that neither the source's rows nor
-// its columns break.
+// its columns break. A warp takes every kRepackWarps-th row of the block's, all of them at once.
 template <class T, class Piece>
-__global__ void __launch_bounds__(kRepackThreads)
+__global__ void __launch_bounds__(32 * kRepackWarps)
     repack_kernel(const T* from, int64_t image_stride, int64_t row_stride, int64_t column_stride,
                   int rows, int columns, int width, int pitch, T* to, int row_blocks) {
-  constexpr int kElements = sizeof(Piece) / sizeof(T);
-  const int64_t image = blockIdx.x / row_blocks;
-  const int first = blockIdx.x % row_blocks * kRepackRows;
-  const int pieces = width / kElements, last = min(rows, first + kRepackRows);
-  from += image * image_stride;
-  to += image * rows * pitch;
-  // Divided once: it costs more than a copy.
-  const int row_step = kRepackThreads / pieces, piece_step = kRepackThreads % pieces;
-  int row = first + threadIdx.x / pieces, at = threadIdx.x % pieces;
-#pragma unroll 4
-  while (row < last) {
-    const int column = at * kElements;
-    Piece piece{};
-    if (column < columns)
-      piece = *reinterpret_cast<const Piece*>(from + row * row_stride + column * column_stride);
-    *reinterpret_cast<Piece*>(to + static_cast<int64_t>(row) * pitch + column) = piece;
-    row += row_step;
-    at += piece_step;
-    if (at >= pieces) {
-      at -= pieces;
-      ++row;
+  ptx::grid_dependency_launch();
+  constexpr int kElements = sizeof(Piece) / sizeof(T), kBatch = kRepackRows / kRepackWarps;
+  const int image = blockIdx.x / row_blocks;
+  const int first = blockIdx.x % row_blocks * kRepackRows + threadIdx.x / 32;
+  from += image * image_stride + first * row_stride;
+  to += (static_cast<int64_t>(image) * rows + first) * pitch;
+  const int64_t step = kRepackWarps * row_stride;
+  for (int column = lane_id() * kElements; column < width; column += 32 * kElements) {
+    // All loads stand before the first store: one after another they would wait for memory one
+    // after another.
+    Piece batch[kBatch] = {};
+    const T* source = from + column * column_stride;
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i, source += step) {
+      if (first + i * kRepackWarps < rows && column < columns)
+        batch[i] = *reinterpret_cast<const Piece*>(source);
+    }
+    T* target = to + column;
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i, target += kRepackWarps * pitch) {
+      if (first + i * kRepackWarps < rows) *reinterpret_cast<Piece*>(target) = batch[i];
     }
   }
 }
@@ -93,7 +93,7 @@ cudaError_t repack(const Context& context, const View& view, const Shape& shape,
                    const Batch<T>& to) {
   const int row_blocks = divide_up(shape.channels, kRepackRows);
   return launch(context, "repack", repack_kernel<T, Piece>, dim3(shape.batch * row_blocks),
-                kRepackThreads, 0, static_cast<const T*>(view.data), view.strides[0],
+                32 * kRepackWarps, 0, static_cast<const T*>(view.data), view.strides[0],
                 view.strides[1], view.strides[2], shape.channels, columns, to.columns,
                 static_cast<int>(to.pitch), const_cast<T*>(to.data), row_blocks);
 }

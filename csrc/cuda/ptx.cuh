@@ -113,7 +113,25 @@ __device__ __forceinline__ uint32_t pack(__half low, __half high) {
   return __half_as_ushort(low) | static_cast<uint32_t>(__half_as_ushort(high)) << 16;
 }
 
-// What follows is sm_90a's own.
+// What follows is sm_90's own.
+
+// Lets a kernel that was launched early start, once every block has come here or ended. Elsewhere
+// none is.
+__device__ __forceinline__ void grid_dependency_launch() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;\n" ::: "memory");
+#endif
+}
+
+// Of a kernel that was launched early: waits until the one before it in the stream has ended and
+// all that it wrote is there.
+__device__ __forceinline__ void grid_dependency_wait() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;\n" ::: "memory");
+#endif
+}
+
+// And this is sm_90a's own.
 
 // Numbered as in wgmma's descriptors. 16-byte pieces trade places within 8 rows of 128 bytes, or of
 // 32: address bits 7 to 9 are added to bits 4 to 6 (bit 7 to bit 4), modulo 2.
@@ -337,14 +355,21 @@ struct SharedMemory {
   }
 };
 
+// An early kernel may start before the one before it in the stream has ended, from sm_90 on.
 template <class... Parameters, class... Arguments>
 void launch_kernel(void (*kernel)(Parameters...), const char*, dim3 grid, int threads,
-                   size_t shared_bytes, cudaStream_t stream, const Arguments&... arguments) {
+                   size_t shared_bytes, cudaStream_t stream, bool early,
+                   const Arguments&... arguments) {
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = dim3(threads);
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = &attribute;
+  config.numAttrs = early ? 1 : 0;
   // Its error is also the last error, which launch() reads.
   cudaLaunchKernelEx(&config, kernel, arguments...);
 }

@@ -85,6 +85,7 @@ __global__ void __launch_bounds__(kPipelineThreads, 1)
     sci_wgmma_forward_kernel(const __grid_constant__ Maps maps, ForwardParameters<T> p,
                              RowBlocks blocks) {
 #ifdef CIN_FAST_WGMMA
+  follow();
   using Products = HalfProducts<T>;
   using Tiles = ForwardTiles<T, kColumns, kTied>;
   constexpr int kWidth = Tiles::kWidth, kStages = Tiles::kStages;
@@ -156,6 +157,7 @@ __global__ void __launch_bounds__(kPipelineThreads, 1)
     sci_wgmma_terms_kernel(const __grid_constant__ Maps maps, TermsParameters<T> p,
                            RowBlocks blocks) {
 #ifdef CIN_FAST_WGMMA
+  follow();
   using Tiles = TermsTiles<T, kColumns, kTied>;
   constexpr int kWidth = Tiles::kWidth, kStages = Tiles::kStages;
   const Place block(blocks);
@@ -209,6 +211,7 @@ __global__ void __launch_bounds__(kPipelineThreads, 1)
     sci_wgmma_backward_kernel(const __grid_constant__ Maps maps, BackwardParameters<T> p,
                               RowBlocks blocks) {
 #ifdef CIN_FAST_WGMMA
+  follow();
   using Products = HalfProducts<T>;
   using Tiles = BackwardTiles<T, kColumns, kTied>;
   constexpr int kWidth = Tiles::kWidth, kStages = Tiles::kStages;

@@ -326,13 +326,20 @@ __device__ __forceinline__ void produce(const Ring<kStages, kReaders>& ring, int
   }
 }
 
+// What every kernel here does first. All are launched early, so that they are in place when the one
+// before them ends, the copy of an operand for one, and let the next be so.
+__device__ __forceinline__ void follow() {
+  ptx::grid_dependency_wait();
+  ptx::grid_dependency_launch();
+}
+
 template <class... Parameters, class P>
 cudaError_t launch_balanced(const Context& context, const Shape& shape, const char* name,
                             void (*kernel)(Parameters...), size_t shared_bytes, const Maps& maps,
                             const P& p) {
   const RowBlocks blocks(context, shape);
-  return launch(context, name, kernel, dim3(blocks.all), kPipelineThreads, shared_bytes, maps, p,
-                blocks);
+  return launch<true>(context, name, kernel, dim3(blocks.all), kPipelineThreads, shared_bytes, maps,
+                      p, blocks);
 }
 
 // A block for every `rows` rows of every image.
@@ -341,8 +348,8 @@ cudaError_t launch_row_blocks(const Context& context, const Shape& shape, int ro
                               const char* name, void (*kernel)(Parameters...), size_t shared_bytes,
                               const Maps& maps, const P& p) {
   const int row_blocks = divide_up(shape.channels, rows);
-  return launch(context, name, kernel, dim3(shape.batch * row_blocks), kPipelineThreads,
-                shared_bytes, maps, p, row_blocks);
+  return launch<true>(context, name, kernel, dim3(shape.batch * row_blocks), kPipelineThreads,
+                      shared_bytes, maps, p, row_blocks);
 }
 
 }  // namespace cin_fast

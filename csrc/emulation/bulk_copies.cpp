@@ -216,6 +216,8 @@ void bulk_copy(void* destination, const TensorMap& map, const void* barrier, int
   // Not in the manual: a GPU calls it an illegal instruction.
   if (column * 2 % int(kPiece))
     fail("%s: column %d does not start on 16 bytes", describe(a).c_str(), column);
+  if (!machine.current->may_use_global)
+    fail("%s: global memory, but no grid_dependency_wait before it", describe(a).c_str());
   const size_t offset = static_cast<char*>(destination) - array->begin;
   if ((array->offset + offset) % 128)
     fail("%s: the destination is not aligned to 128 bytes", describe(a).c_str());

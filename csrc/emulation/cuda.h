@@ -93,7 +93,7 @@ struct SharedMemory {
 
 template <class... Parameters, class... Arguments>
 void launch_kernel(void (*kernel)(Parameters...), const char* name, dim3 grid, int threads,
-                   size_t shared_bytes, cudaStream_t, const Arguments&... arguments) {
+                   size_t shared_bytes, cudaStream_t, bool early, const Arguments&... arguments) {
   emulation::launch(reinterpret_cast<const void*>(kernel), name, grid, dim3(threads), shared_bytes,
-                    [&] { kernel(arguments...); });
+                    early, [&] { kernel(arguments...); });
 }

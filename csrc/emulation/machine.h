@@ -113,6 +113,8 @@ struct Fiber {
   bool wgmma_fenced;
   // Of each committed group, the last wgmma in it.
   std::vector<uint32_t> committed;
+  // Whether the kernel before this one has ended for it.
+  bool may_use_global;
 };
 
 struct Meeting {
@@ -193,6 +195,7 @@ struct Machine {
   std::vector<Buffer> buffers;
   std::string error, launched;
   int code = 0, order = 0, shared_limit = 0;
+  bool early = false;
   size_t conflicts = 0;
 };
 

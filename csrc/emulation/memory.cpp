@@ -139,6 +139,8 @@ void access_global(const void* address, size_t bytes, bool write, const Access& 
     if (begin < buffer.begin || begin + bytes > buffer.begin + buffer.bytes)
       fail("%s: byte %td of a global buffer of %zu bytes", describe(a).c_str(),
            begin - buffer.begin, buffer.bytes);
+    if (!machine.current->may_use_global)
+      fail("%s: global memory, but no grid_dependency_wait before it", describe(a).c_str());
     const uint32_t self = machine.block->number + 1;
     const size_t first = (begin - buffer.begin) / kGranule;
     for (size_t i = first; i < first + (bytes + kGranule - 1) / kGranule; ++i) {

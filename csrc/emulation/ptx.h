@@ -110,7 +110,11 @@ inline void mma_m16n8k8_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32
   emulation::collective(emulation::Collective::kMma, ~0u, &operands, EMULATION_HERE);
 }
 
-// What follows is sm_90a's own.
+// What follows is sm_90's own.
+inline void grid_dependency_launch() {}
+inline void grid_dependency_wait() { emulation::grid_dependency_wait(); }
+
+// And this is sm_90a's own.
 enum class Swizzle { k128Bytes = 1, k32Bytes = 3 };
 using TensorMap = emulation::TensorMap;
 

@@ -98,10 +98,11 @@ uint32_t shared_address(const void* address);
 // An access that the compiler's instrumentation does not see.
 void check_access(const void* address, size_t bytes, bool write, const char* what, Site site);
 
+void grid_dependency_wait();
 int set_shared_memory_limit(const void* kernel, int bytes);
 int last_error();
 void launch(const void* kernel, const char* name, dim3 grid, dim3 block, size_t shared_bytes,
-            const std::function<void()>& body);
+            bool early, const std::function<void()>& body);
 
 template <class T>
 T shuffle(uint32_t mask, T value, int source, Site site) {

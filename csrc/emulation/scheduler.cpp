@@ -88,6 +88,7 @@ void start(Fiber* fiber) {
   fiber->known = {};
   fiber->proxy_fences = 0;
   fiber->wgmma_fenced = false;
+  fiber->may_use_global = !machine.early;
   void** top = reinterpret_cast<void**>(fiber->stack + kStackBytes) - 2;
   top[0] = reinterpret_cast<void*>(fiber_main);
   top[1] = nullptr;
@@ -246,6 +247,8 @@ void named_barrier(unsigned number, unsigned threads, Site site) {
   barrier.waiting.clear();
 }
 
+void grid_dependency_wait() { machine.current->may_use_global = true; }
+
 int set_shared_memory_limit(const void* kernel, int bytes) {
   if (bytes > machine.shared_limit) return 1;
   machine.shared_limits[kernel] = bytes;
@@ -259,7 +262,7 @@ int last_error() {
 }
 
 void launch(const void* kernel, const char* name, dim3 grid, dim3 block, size_t shared_bytes,
-            const std::function<void()>& body) {
+            bool early, const std::function<void()>& body) {
   machine.kernel = name;
   machine.launched += std::string(name) + ":" + std::to_string(shared_bytes) + " ";
   const auto limit = machine.shared_limits.find(kernel);
@@ -279,6 +282,7 @@ void launch(const void* kernel, const char* name, dim3 grid, dim3 block, size_t 
   blockDim = block;
   gridDim = grid;
   machine.body = &body;
+  machine.early = early;
   for (Buffer& buffer : machine.buffers) std::fill(buffer.writer.begin(), buffer.writer.end(), 0);
   for (size_t i = 0; i < blocks && machine.error.empty(); ++i)
     run_block(uint32_t(machine.order == 1 ? blocks - 1 - i : i), shared_bytes);
