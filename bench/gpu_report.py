@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 OURS = ("triton", "cuda")
-_NO_RIVAL = (*OURS, "cpu", "reference")
+# `cuda` with CIN_FAST_CUDA_LOADS=pieces.
+PIECES = "cuda-pieces"
+_NO_RIVAL = (*OURS, PIECES, "cpu", "reference")
 # Left out of a run that is short of time.
 _SLOW_TO_COMPILE = ("compiled", "flex")
 _TITLES = {

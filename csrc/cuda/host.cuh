@@ -31,12 +31,17 @@ constexpr size_t shared_bytes(std::initializer_list<size_t> pieces) {
   return total;
 }
 
-// Images one after another, each a Matrix.
+// Images one after another, each a Matrix; its rows start on 16 bytes, unless a kernel reads
+// pieces.
 template <class T>
 struct Batch {
   const T* data;
   int rows, columns;
   int64_t pitch;
+
+  bool starts_on_16_bytes() const {
+    return reinterpret_cast<uintptr_t>(data) % 16 == 0 && pitch * sizeof(T) % 16 == 0;
+  }
 
   __host__ __device__ Matrix<T> image(int64_t i) const {
     return {data + i * rows * pitch, rows, columns, pitch};
@@ -98,17 +103,15 @@ cudaError_t repack(const Context& context, const View& view, const Shape& shape,
                 static_cast<int>(to.pitch), const_cast<T*>(to.data), row_blocks);
 }
 
-// The tensor as tiles can be copied from it: as it stands if its rows start on 16 bytes, or else a
-// copy whose rows do.
+// The tensor as tiles can be copied from it: as it stands if its rows start on `bytes` bytes, 16 or
+// 8, or else a copy whose rows start on 16.
 template <class T>
 cudaError_t aligned_batch(const Context& context, const View& view, const Shape& shape, int columns,
-                          Batch<T>* result) {
+                          Batch<T>* result, int bytes = 16) {
   constexpr int kElements = 16 / sizeof(T);
-  const T* data = static_cast<const T*>(view.data);
-  const bool aligned = reinterpret_cast<uintptr_t>(data) % 16 == 0 && columns % kElements == 0;
-  if (aligned && view.strides[2] == 1 && view.strides[1] % kElements == 0 &&
-      view.strides[1] >= columns && view.strides[0] == shape.channels * view.strides[1]) {
-    *result = {data, shape.channels, columns, view.strides[1]};
+  if (in_pieces<T>(view, columns, bytes) && view.strides[1] >= columns &&
+      view.strides[0] == shape.channels * view.strides[1]) {
+    *result = {static_cast<const T*>(view.data), shape.channels, columns, view.strides[1]};
     return cudaSuccess;
   }
   const int pitch = round_up(columns, kRowAlignment / static_cast<int>(sizeof(T)));

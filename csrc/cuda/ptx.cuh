@@ -32,6 +32,13 @@ __device__ __forceinline__ void cp_async_16(void* destination, const void* sourc
                : "memory");
 }
 
+// The same with 8 bytes, which pass through the first-level cache.
+__device__ __forceinline__ void cp_async_8(void* destination, const void* source, bool valid) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;\n" ::"r"(shared_address(destination)),
+               "l"(source), "r"(valid ? 8 : 0)
+               : "memory");
+}
+
 __device__ __forceinline__ void cp_async_commit() {
   asm volatile("cp.async.commit_group;\n" ::: "memory");
 }

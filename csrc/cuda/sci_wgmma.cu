@@ -8,10 +8,12 @@ namespace cin_fast {
 namespace sci {
 namespace {
 
-template <class T, int kColumns, bool kTied>
+template <class T, int kColumns, bool kTied, bool kPieces>
 struct ForwardTiles {
   static constexpr int kWidth = 128, kStages = 3, kValues = kTied ? kColumns : kThin;
-  using X = Operand<T, kConsumerRows, kWidth, kColumns, kStages>;
+  static_assert(kTied || !kPieces, "v is copied in bulk");
+  using X = std::conditional_t<kPieces, PieceOperand<T, kConsumerRows, kWidth, kColumns, kStages>,
+                               Operand<T, kConsumerRows, kWidth, kColumns, kStages>>;
   using V = Operand<T, 0, kWidth, kThin, kTied ? 0 : kStages>;
   static constexpr size_t kSharedBytes = pipeline_bytes<kStages, X, V>();
 };
@@ -80,25 +82,30 @@ __device__ __forceinline__ void sum_up(float (&acc)[M][4], RunningSoftmax<HalfPr
   ptx::wgmma_wait<0>();
 }
 
-template <class T, int kColumns, bool kTied>
+template <class T, int kColumns, bool kTied, bool kPieces>
 __global__ void __launch_bounds__(kPipelineThreads, 1)
     sci_wgmma_forward_kernel(const __grid_constant__ Maps maps, ForwardParameters<T> p,
                              RowBlocks blocks) {
 #ifdef CIN_FAST_WGMMA
   follow();
   using Products = HalfProducts<T>;
-  using Tiles = ForwardTiles<T, kColumns, kTied>;
+  using Tiles = ForwardTiles<T, kColumns, kTied, kPieces>;
   constexpr int kWidth = Tiles::kWidth, kStages = Tiles::kStages;
   const Place block(blocks);
   const int channels = p.x.rows, tiles = divide_up(channels, kWidth);
   SharedMemory shared;
-  const typename Tiles::X x(shared, maps.x, block.image);
+  const typename Tiles::X x(shared, either<kPieces>(p.x, maps.x), block.image);
   const typename Tiles::V v(shared, maps.v, block.image);
-  const auto& values = values_of<kTied>(x, v);
-  const Ring<kStages> ring(shared);
-  if (is_producer()) return produce(ring, block.row, tiles, x, v);
+  const auto& values = either<kTied>(x, v);
+  const Ring<kStages> ring(shared, kPieces ? kGroupThreads / 32 : 1);
+  if (is_producer()) {
+    if constexpr (kPieces)
+      return produce_pieces(ring, block.row, tiles, x);
+    else
+      return produce(ring, block.row, tiles, x, v);
+  }
 
-  ptx::setmaxnreg_inc<kConsumerRegisters>();
+  ptx::setmaxnreg_inc<kPieces ? kConsumerRegistersByPieces : kConsumerRegisters>();
   const Share own(block);
   RunningSoftmax<Products> softmax(p.factor);
   float acc[Tiles::kValues / 8][4] = {};
@@ -166,7 +173,7 @@ __global__ void __launch_bounds__(kPipelineThreads, 1)
   const typename Tiles::X x(shared, maps.x, block.image);
   const typename Tiles::V v(shared, maps.v, block.image);
   const typename Tiles::Dy dy(shared, maps.dy, block.image);
-  const auto& values = values_of<kTied>(x, v);
+  const auto& values = either<kTied>(x, v);
   const Ring<kStages> ring(shared);
   if (is_producer()) return produce(ring, block.row, tiles, x, v, dy);
 
@@ -293,12 +300,20 @@ template <class T>
 cudaError_t wgmma_forward(const Context& context, const Shape& shape, bool tied,
                           const ForwardParameters<T>& p) {
   Maps maps{};
-  CIN_FAST_RETURN_IF_ERROR(encode_tile_maps(&maps.x, p.x, shape.batch));
-  CIN_FAST_RETURN_IF_ERROR(encode_tile_maps(&maps.v, p.v, shape.batch));
+  const bool reads_pieces = !p.x.starts_on_16_bytes();
+  if (!reads_pieces) {
+    CIN_FAST_RETURN_IF_ERROR(encode_tile_maps(&maps.x, p.x, shape.batch));
+    CIN_FAST_RETURN_IF_ERROR(encode_tile_maps(&maps.v, p.v, shape.batch));
+  }
   return with_columns(shape, tied, [&]<int kColumns, bool kTied>() {
-    return launch_balanced(context, shape, "sci_wgmma_forward",
-                           sci_wgmma_forward_kernel<T, kColumns, kTied>,
-                           ForwardTiles<T, kColumns, kTied>::kSharedBytes, maps, p);
+    const auto start = [&]<bool kPieces>() {
+      return launch_balanced(context, shape, "sci_wgmma_forward",
+                             sci_wgmma_forward_kernel<T, kColumns, kTied, kPieces>,
+                             ForwardTiles<T, kColumns, kTied, kPieces>::kSharedBytes, maps, p);
+    };
+    if constexpr (kTied)
+      if (reads_pieces) return start.template operator()<true>();
+    return start.template operator()<false>();
   });
 }
 

@@ -10,8 +10,10 @@ namespace cin_fast {
 constexpr int kConsumers = 2;
 constexpr int kConsumerRows = kConsumers * kBlockRows;
 constexpr int kPipelineThreads = (1 + kConsumers) * kGroupThreads;
-// The block has 65,536 registers: 128 threads with 24, 256 with 240.
+// The block starts with 168 registers a thread: as many as it may share out. Where all threads of
+// the producer copy, they need more.
 constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
+constexpr int kProducerRegistersByPieces = 40, kConsumerRegistersByPieces = 232;
 
 __device__ __forceinline__ bool is_producer() { return threadIdx.x < kGroupThreads; }
 // Through a shuffle, the compiler learns that a number is the warp's, not the thread's, and keeps
@@ -91,6 +93,30 @@ struct Operand {
   }
 };
 
+// An operand that the whole producer brings, from rows that start on 8 bytes.
+template <class T, int kRows, int kWidth, int kColumns, int kStages>
+struct PieceOperand {
+  using Rows = Tile<T, kRows, kColumns>;
+  using Passing = Tile<T, kWidth, kColumns>;
+  static constexpr int kBytes = Rows::kBytes + kStages * Passing::kBytes;
+
+  Matrix<T> from;
+  Rows rows;
+  unsigned char* stages;
+
+  __device__ PieceOperand(SharedMemory& shared, const Batch<T>& batch, int image)
+      : from(batch.image(image)),
+        rows{shared.take<unsigned char>(kBytes)},
+        stages(rows.data + Rows::kBytes) {}
+
+  __device__ Passing operator[](int tile) const {
+    return {stages + tile % kStages * Passing::kBytes};
+  }
+
+  __device__ void load_rows(int row) const { rows.load_pieces(from, row); }
+  __device__ void load(int tile) const { (*this)[tile].load_pieces(from, tile * kWidth); }
+};
+
 // Tiles of two operands that pass by as one, kWidth rows of either: kTurn of the first above kTurn
 // of the second, and so on. One wgmma then multiplies a block's rows by both. May be none.
 template <class T, int kWidth, int kColumns, int kStages, int kTurn = kWidth>
@@ -143,13 +169,12 @@ struct PassingTerms {
   }
 };
 
-// The operand whose tiles are the values: where v = x, x itself.
-template <bool kTied, class X, class V>
-__device__ __forceinline__ const auto& values_of(const X& x, const V& v) {
-  if constexpr (kTied)
-    return x;
+template <bool kFirst, class First, class Second>
+__device__ __forceinline__ const auto& either(const First& first, const Second& second) {
+  if constexpr (kFirst)
+    return first;
   else
-    return v;
+    return second;
 }
 
 // The same operand of two images.
@@ -188,12 +213,14 @@ struct Ring {
 
   uint64_t* rows_full;
 
-  // All threads of the block meet.
-  __device__ explicit Ring(SharedMemory& shared) : rows_full(shared.take<uint64_t>(kBarriers)) {
+  // All threads of the block meet. `writers` arrive at what is full: the thread that expects bytes,
+  // or the producer's warps.
+  __device__ explicit Ring(SharedMemory& shared, int writers = 1)
+      : rows_full(shared.take<uint64_t>(kBarriers)) {
     if (threadIdx.x == 0) {
-      ptx::mbarrier_init(rows_full, 1);
+      ptx::mbarrier_init(rows_full, writers);
       for (int stage = 0; stage < kStages; ++stage) {
-        ptx::mbarrier_init(full(stage), 1);
+        ptx::mbarrier_init(full(stage), writers);
         ptx::mbarrier_init(empty(stage), kReaders * kGroupThreads / 32);
       }
       ptx::fence_mbarrier_init();
@@ -204,10 +231,25 @@ struct Ring {
   __device__ uint64_t* full(int tile) const { return rows_full + 1 + tile % kStages; }
   __device__ uint64_t* empty(int tile) const { return full(tile) + kStages; }
 
-  // By the producer: waits until the consumers are done with what lay there, then expects bytes.
-  __device__ void refill(int tile, int bytes) const {
+  // By the producer: waits until the consumers are done with what lay there.
+  __device__ void wait_empty(int tile) const {
     ptx::mbarrier_wait(empty(tile), (tile / kStages + 1) % 2);
+  }
+
+  // The same, then expects bytes.
+  __device__ void refill(int tile, int bytes) const {
+    wait_empty(tile);
     ptx::mbarrier_arrive_expect(full(tile), bytes);
+  }
+
+  // By every thread of the producer, once all but kPending groups of its copies have landed: what
+  // the others brought is `barrier`'s.
+  template <int kPending>
+  __device__ static void publish(uint64_t* barrier) {
+    ptx::cp_async_wait<kPending>();
+    ptx::fence_proxy_async();
+    __syncwarp();
+    if (lane_id() == 0) ptx::mbarrier_arrive(barrier);
   }
 
   __device__ void wait(int tile) const { ptx::mbarrier_wait(full(tile), tile / kStages % 2); }
@@ -323,6 +365,30 @@ __device__ __forceinline__ void produce(const Ring<kStages, kReaders>& ring, int
   for (int tile = 0; tile < tiles; ++tile) {
     ring.refill(tile, (Operands::kStageBytes + ...));
     (operands.load(ring.full(tile), tile), ...);
+  }
+}
+
+// The same by all threads of the producer, of an operand in pieces.
+template <int kStages, int kReaders, class X>
+__device__ __forceinline__ void produce_pieces(const Ring<kStages, kReaders>& ring, int row,
+                                               int tiles, const X& x) {
+  ptx::setmaxnreg_dec<kProducerRegistersByPieces>();
+  x.load_rows(row);
+  ptx::cp_async_commit();
+  // All stages are empty: their copies are under way together.
+#pragma unroll 1
+  for (int tile = 0; tile < kStages; ++tile) {
+    if (tile < tiles) x.load(tile);
+    ptx::cp_async_commit();
+  }
+  ring.template publish<kStages>(ring.rows_full);
+  ring.template publish<kStages - 1>(ring.full(0));
+  for (int tile = 1; tile < min(kStages, tiles); ++tile) ring.template publish<0>(ring.full(tile));
+  for (int tile = kStages; tile < tiles; ++tile) {
+    ring.wait_empty(tile);
+    x.load(tile);
+    ptx::cp_async_commit();
+    ring.template publish<0>(ring.full(tile));
   }
 }
 

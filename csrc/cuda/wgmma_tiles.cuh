@@ -73,6 +73,36 @@ struct Tile {
     }
   }
 
+  // The same by all threads of a warp group, from rows that start on 8 bytes: each warp brings
+  // every fourth row, a lane 8 bytes of it. Ends when cp_async_wait says so.
+  __device__ void load_pieces(const Matrix<T>& from, int row) const {
+    constexpr int kElements = 8 / sizeof(T), kTurn = 8;
+    // Not unrolled, for a warp group that has few registers.
+#pragma unroll 1
+    for (int column = lane_id() * kElements; column < kColumns; column += 32 * kElements) {
+      const int rows = column < from.columns ? from.rows : 0;
+      const int step = kTurn * (column / kPanelColumns == kPanels ? kRestRow : kPanelRow);
+#pragma unroll 1
+      for (int first = group_warp(); first < kTurn; first += 4) {
+        unsigned char* to = data + place(first, column);
+        const T* source = from.data + (row + first) * from.pitch + column;
+#pragma unroll 4
+        for (int i = 0; i < kRows; i += kTurn) {
+          ptx::cp_async_8(to, source, row + first + i < rows);
+          to += step;
+          source += kTurn * from.pitch;
+        }
+      }
+    }
+  }
+
+  // Where bulk copies put an element: see ptx::Swizzle.
+  __device__ static int place(int row, int column) {
+    const int panel = column / kPanelColumns, byte = column % kPanelColumns * 2;
+    if (panel == kPanels) return kPanels * kPanelBytes + row * kRestRow + (byte ^ row / 4 % 2 * 16);
+    return panel * kPanelBytes + row * kPanelRow + (byte ^ row % 8 * 16);
+  }
+
   // Columns 16 step to 16 step + 15 of the rows from `row` on, as depth of a product.
   __device__ uint64_t along_rows(int row, int step) const {
     const uint32_t base = ptx::shared_address(data);

@@ -13,6 +13,10 @@ inline void cp_async_16(void* destination, const void* source, bool valid, EMULA
   emulation::cp_async(destination, source, 16, valid, EMULATION_HERE);
 }
 
+inline void cp_async_8(void* destination, const void* source, bool valid, EMULATION_SITE) {
+  emulation::cp_async(destination, source, 8, valid, EMULATION_HERE);
+}
+
 inline void cp_async_commit() { emulation::cp_async_commit(); }
 
 template <int kPending>

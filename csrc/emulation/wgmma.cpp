@@ -254,9 +254,11 @@ void setmaxnreg(int registers, Site site) {
     threads += kGroupThreads;
     total += group.registers * kGroupThreads;
   }
-  if (total > 65536)
-    fail("setmaxnreg at %s:%d: %d registers for %d threads, the multiprocessor has 65536",
-         base_name(site.file), site.line, total, threads);
+  // A thread starts with as many as fit, in eights: what does not divide is nobody's to share out.
+  const int registers_of_block = 65536 / threads / 8 * 8 * threads;
+  if (total > registers_of_block)
+    fail("setmaxnreg at %s:%d: %d registers for %d threads, the block has %d of the chip's 65536",
+         base_name(site.file), site.line, total, threads, registers_of_block);
 }
 
 }  // namespace emulation
