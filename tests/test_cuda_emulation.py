@@ -291,7 +291,6 @@ def test_what_rounding_took_from_y(emulator: Emulator) -> None:
     exact = ops.sci(x.double(), backend="reference")
     y, y_low, *_ = torch.ops.cin_fast.cuda_sci(x, None, -1.0)
     whole = y.double() + y_low
-    assert torch.equal(whole.to(y.dtype), y)
     # What remains is the rounding of the weights.
     assert (whole - exact).abs().max() < (y - exact).abs().max() / 2
 
