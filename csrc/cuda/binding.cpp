@@ -193,12 +193,12 @@ std::tuple<Tensor, Tensor> sci_backward(const Tensor& dy, const Tensor& x,
   Call call(x);
   STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float || y_low.numel() == y.numel(),
                   "cin_fast cuda: y_low: empty, as sci ran with for_backward=False");
-  const Tensor y_high = torch::stable::contiguous(y);
+  const Tensor high = torch::stable::contiguous(y), low = torch::stable::contiguous(y_low);
   Tensor dx = call.empty(shape_of(x), x.scalar_type());
   Tensor dv = call.empty(v ? shape_of(*v) : std::vector<int64_t>{0}, x.scalar_type());
   check(cin_fast::sci_backward(
             call.context, dtype_of(x), shape(x, v), static_cast<float>(scale),
-            {view(dy), view(x), view(v), y_high.const_data_ptr(), y_low.const_data_ptr(),
+            {view(dy), view(x), view(v), high.const_data_ptr(), low.const_data_ptr(),
              const_data<float>(row_max), const_data<float>(row_sum), data<void>(dx),
              v ? data<void>(dv) : nullptr}),
         "sci_backward");
