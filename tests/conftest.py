@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import platform
 import random
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 import cpu_isas
 import emulation
@@ -55,6 +57,13 @@ def repository() -> Path:
     if not (REPOSITORY / "setup.py").exists():
         pytest.skip("needs the checkout that the tests came from")
     return REPOSITORY
+
+
+@pytest.fixture
+def bench(repository: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
+    """Imports a module of bench/ that needs nothing of its conftest."""
+    monkeypatch.syspath_prepend(str(repository / "bench"))
+    return importlib.import_module
 
 
 @pytest.fixture(scope="session")
