@@ -161,23 +161,31 @@ def test_the_benchmarks_select_what_is_reported(
     env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     env["PYTHONPATH"] = f"{tmp_path}{os.pathsep}{gpu.ROOT / 'bench'}"
     # The ways of leaving rivals out are the same for each subject.
-    for one in list(gpu.bench_steps(patient))[: 3 if patient else 1]:
+    steps = list(gpu.bench_steps(patient))[: 3 if patient else 1]
+    for one in steps:
+        assert one.command[:3] == (sys.executable, "-m", "pytest")
+    arguments = [[*one.command[3:], "-p", "pretend", "--collect-only"] for one in steps]
+    # One process: each would import torch anew.
+    code = (
+        "import json, sys, pytest\n"
+        "for arguments in json.loads(sys.argv[1]): print('next step'); pytest.main(arguments)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code, json.dumps(arguments)],
+        cwd=gpu.ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    outputs = result.stdout.split("next step\n")[1:]
+    for one, output in zip(steps, outputs, strict=True):
         subject = one.name.split()[1]
-        result = subprocess.run(
-            [*one.command, "-p", "pretend", "--collect-only"],
-            cwd=gpu.ROOT,
-            env=env,
-            capture_output=True,
-            text=True,
-            timeout=100,
-        )
-        found = set(
-            re.findall(r"\[resnet50-448-bfloat16-(forward|both)-([a-z-]+)\]", result.stdout)
-        )
+        found = set(re.findall(r"\[resnet50-448-bfloat16-(forward|both)-([a-z-]+)\]", output))
         expected = rivals ^ more[subject]
         directions = ("forward", "both")
-        assert found == {(way, rival) for way in directions for rival in expected}, result.stdout
-        assert result.stdout.count("::") == len(found)
+        assert found == {(way, rival) for way in directions for rival in expected}, output
+        assert output.count(f"bench/bench_{subject}.py::") == output.count("::") == len(found)
 
 
 def test_the_sanitizer_sees_whole_and_half_blocks_and_tails(gpu: ModuleType) -> None:
