@@ -94,12 +94,10 @@ def _definitions() -> dict[Any, Callable[..., Any]]:
     return table | {thin.OPERATOR.default: torch.nn.functional.linear}
 
 
-def _sci(
-    x: Tensor, v: Tensor | None, scale: float, for_backward: bool = False
-) -> tuple[Tensor, ...]:
+def _sci(x: Tensor, v: Tensor | None, scale: float) -> tuple[Tensor, Tensor, Tensor]:
     # What its backward pass would need is not there in inference.
     rows = x.new_zeros(x.shape[:2])
-    return reference.sci(x, x if v is None else v, scale), x.new_zeros(0), rows, rows
+    return reference.sci(x, x if v is None else v, scale), rows, rows
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -2,10 +2,8 @@
 
 Shapes: B images, C channels, L positions, K columns of ``v``. ``v = None`` means ``v = x``.
 Backends only compute: each implements the four operators below under its own prefix, and the
-autograd formula and fakes here serve them all. ``y_low``, ``row_max`` and ``row_sum`` are what a
-backend's forward leaves for its own backward: no other code reads them. ``y_low`` is what rounding
-to 16 bits took from ``y``, in 16 bits again, where the backend asks for it (``_KEEPS_LOW``) and a
-gradient may be wanted; else it is empty.
+autograd formula and fakes here serve them all. ``row_max`` and ``row_sum`` are what a backend's
+forward leaves for its own backward: no other code reads them.
 """
 
 from __future__ import annotations
@@ -20,13 +18,10 @@ from torch._subclasses import FakeTensor
 from cin_fast import dispatch, reference
 
 _SCHEMAS = {
-    "sci": (
-        "(Tensor x, Tensor? v, float scale, bool for_backward=True)"
-        " -> (Tensor, Tensor, Tensor, Tensor)"
-    ),
+    "sci": "(Tensor x, Tensor? v, float scale) -> (Tensor, Tensor, Tensor)",
     "sci_backward": (
-        "(Tensor dy, Tensor x, Tensor? v, Tensor y, Tensor y_low, Tensor row_max, Tensor row_sum,"
-        " float scale) -> (Tensor, Tensor)"
+        "(Tensor dy, Tensor x, Tensor? v, Tensor y, Tensor row_max, Tensor row_sum, float scale)"
+        " -> (Tensor, Tensor)"
     ),
     "cci": (
         "(Tensor x, Tensor partner, Tensor eta, Tensor? v, float scale)"
@@ -43,8 +38,6 @@ _TAP_SCHEMAS = {
 }
 TAP_BACKENDS = ("reference", "cpu")
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-_HALVES = (torch.bfloat16, torch.float16)
-_KEEPS_LOW = ("cuda",)
 
 
 def sci(
@@ -78,8 +71,7 @@ def sci(
         _require_definition(backend)
         y_BCK = reference.sci(x_BCL, x_BCL if v_BCK is None else v_BCK, scale)
     else:
-        operator = _op(pick_backend(x, backend), "sci")
-        y_BCK = operator(x_BCL, v_BCK, scale, for_backward=_wants_gradient(x, v))[0]
+        y_BCK = _op(pick_backend(x, backend), "sci")(x_BCL, v_BCK, scale)[0]
     return y_BCK.reshape((x if v is None else v).shape)
 
 
@@ -161,10 +153,6 @@ def tap_means(x: Tensor) -> Tensor:
         return reference.tap_means(x)
     name = "reference" if dispatch.why_not(x, "cpu") else "cpu"
     return _op(name, "tap_means")(x)
-
-
-def _wants_gradient(x: Tensor, v: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and (x.requires_grad or (v is not None and v.requires_grad))
 
 
 def _op(backend: str, stem: str) -> Any:
@@ -282,15 +270,8 @@ def _value_gradient(x: Tensor, v: Tensor | None) -> Tensor:
     return x.new_empty((0,) if v is None else v.shape)
 
 
-def _sci_fake(backend: str) -> Callable[..., tuple[Tensor, ...]]:
-    def fake(
-        x: Tensor, v: Tensor | None, scale: float, for_backward: bool = True
-    ) -> tuple[Tensor, ...]:
-        keeps_low = for_backward and backend in _KEEPS_LOW and x.dtype in _HALVES
-        y_low = _like_values(x, v) if keeps_low else x.new_empty(0)
-        return _like_values(x, v), y_low, *_row_statistics(x)
-
-    return fake
+def _sci_fake(x: Tensor, v: Tensor | None, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    return _like_values(x, v), *_row_statistics(x)
 
 
 def _sci_backward_fake(
@@ -298,7 +279,6 @@ def _sci_backward_fake(
     x: Tensor,
     v: Tensor | None,
     y: Tensor,
-    y_low: Tensor,
     row_max: Tensor,
     row_sum: Tensor,
     scale: float,
@@ -336,6 +316,7 @@ def _tap_means_backward_fake(dv: Tensor, height: int, width: int) -> Tensor:
 
 
 _FAKES: dict[str, Callable[..., Any]] = {
+    "sci": _sci_fake,
     "sci_backward": _sci_backward_fake,
     "cci": _cci_fake,
     "cci_backward": _cci_backward_fake,
@@ -344,13 +325,11 @@ _FAKES: dict[str, Callable[..., Any]] = {
 }
 
 
-def _reference_sci(
-    x: Tensor, v: Tensor | None, scale: float, for_backward: bool = True
-) -> tuple[Tensor, ...]:
+def _reference_sci(x: Tensor, v: Tensor | None, scale: float) -> tuple[Tensor, Tensor, Tensor]:
     y = reference.sci(x, x if v is None else v, scale)
     row_max, row_sum = _row_statistics(x)
     # Its backward starts again from x, so that it can itself be differentiated.
-    return y.contiguous(), x.new_empty(0), row_max.zero_(), row_sum.zero_()
+    return y.contiguous(), row_max.zero_(), row_sum.zero_()
 
 
 def _reference_cci(
@@ -366,7 +345,6 @@ def _reference_sci_backward(
     x: Tensor,
     v: Tensor | None,
     y: Tensor,
-    y_low: Tensor,
     row_max: Tensor,
     row_sum: Tensor,
     scale: float,
@@ -402,10 +380,10 @@ _REFERENCE: dict[str, Callable[..., Any]] = {
 
 
 def _sci_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, v, scale, _ = inputs
-    y, y_low, row_max, row_sum = output
-    ctx.mark_non_differentiable(y_low, row_max, row_sum)
-    ctx.save_for_backward(x, v, y, y_low, row_max, row_sum)
+    x, v, scale = inputs
+    y, row_max, row_sum = output
+    ctx.mark_non_differentiable(row_max, row_sum)
+    ctx.save_for_backward(x, v, y, row_max, row_sum)
     ctx.scale = scale
 
 
@@ -425,9 +403,9 @@ def _sci_gradient(backend: str) -> Any:
     compute = _reference_sci_backward if backend == "reference" else _op(backend, "sci_backward")
 
     def gradient(ctx: Any, dy: Tensor, *_: Any) -> tuple[Any, ...]:
-        x, v, y, y_low, row_max, row_sum = ctx.saved_tensors
-        dx, dv = compute(dy, x, v, y, y_low, row_max, row_sum, ctx.scale)
-        return dx, None if v is None else dv, None, None
+        x, v, y, row_max, row_sum = ctx.saved_tensors
+        dx, dv = compute(dy, x, v, y, row_max, row_sum, ctx.scale)
+        return dx, None if v is None else dv, None
 
     return gradient
 
@@ -467,7 +445,7 @@ def _define(backend: str, schemas: dict[str, str]) -> None:
     for stem, schema in schemas.items():
         name = f"cin_fast::{backend}_{stem}"
         torch.library.define(name, schema, tags=(torch.Tag.pt2_compliant_tag,))
-        torch.library.register_fake(name, _sci_fake(backend) if stem == "sci" else _FAKES[stem])
+        torch.library.register_fake(name, _FAKES[stem])
         if backend == "reference":
             torch.library.impl(name, "CompositeExplicitAutograd", _REFERENCE[stem])
         if stem.endswith("_backward"):

@@ -26,12 +26,12 @@ KERNELS: dict[str, Any] = {
 }
 
 
-def sci(x: Tensor, v: Tensor | None, scale: float, for_backward: bool = True) -> tuple[Tensor, ...]:
-    """y, nothing for y_low, and each row's peak and the sum beside it."""
+def sci(x: Tensor, v: Tensor | None, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """y, and each row's peak and the sum beside it."""
     y = _dense_like(x if v is None else v)
     row_max, row_sum = _rows(x), _rows(x)
     _run("sci", x, v, y=y, row_max=row_max, row_sum=row_sum, scale=scale)
-    return y, x.new_empty(0), row_max, row_sum
+    return y, row_max, row_sum
 
 
 def sci_backward(
@@ -39,7 +39,6 @@ def sci_backward(
     x: Tensor,
     v: Tensor | None,
     y: Tensor,
-    y_low: Tensor,
     row_max: Tensor,
     row_sum: Tensor,
     scale: float,

@@ -143,18 +143,13 @@ class Emulator:
             library.impl(f"cuda_{name}", getattr(self, name), "CPU")
         return library
 
-    def sci(
-        self, x: Tensor, v: Tensor | None, scale: float, for_backward: bool = True
-    ) -> tuple[Tensor, ...]:
+    def sci(self, x: Tensor, v: Tensor | None, scale: float) -> tuple[Tensor, Tensor, Tensor]:
         arguments = _Arguments(self, x, v, scale)
-        keeps_low = for_backward and x.dtype != torch.float32
-        shape = (x if v is None else v).shape
-        y = arguments.output(shape, x.dtype)
-        y_low = arguments.output(shape, x.dtype) if keeps_low else None
+        y = arguments.output((x if v is None else v).shape, x.dtype)
         row_max = arguments.output(x.shape[:2], torch.float32)
         row_sum = arguments.output(x.shape[:2], torch.float32)
-        arguments.call("emulated_sci_forward", [x, v], [y, y_low, row_max, row_sum])
-        return y, x.new_empty(0) if y_low is None else y_low, row_max, row_sum
+        arguments.call("emulated_sci_forward", [x, v], [y, row_max, row_sum])
+        return y, row_max, row_sum
 
     def sci_backward(
         self,
@@ -162,7 +157,6 @@ class Emulator:
         x: Tensor,
         v: Tensor | None,
         y: Tensor,
-        y_low: Tensor,
         row_max: Tensor,
         row_sum: Tensor,
         scale: float,
@@ -170,8 +164,7 @@ class Emulator:
         arguments = _Arguments(self, x, v, scale)
         dx = arguments.output(x.shape, x.dtype)
         dv = None if v is None else arguments.output(v.shape, v.dtype)
-        inputs = [dy, x, v, y, y_low, row_max, row_sum]
-        arguments.call("emulated_sci_backward", inputs, [dx, dv])
+        arguments.call("emulated_sci_backward", [dy, x, v, row_max, row_sum], [dx, dv])
         return dx, x.new_empty(0) if dv is None else dv
 
     def cci(

@@ -339,10 +339,9 @@ class Backward {
   std::vector<Tile> tiles_;
 };
 
-// y, nothing for y_low, and of each row where its largest weight is and the sum beside it.
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> sci(const at::Tensor& x,
-                                                               const std::optional<at::Tensor>& v,
-                                                               double scale, bool) {
+std::tuple<at::Tensor, at::Tensor, at::Tensor> sci(const at::Tensor& x,
+                                                   const std::optional<at::Tensor>& v,
+                                                   double scale) {
   check_features("cpu_sci", x, v);
   const Kernels& isa = kernels_for(x);
   const at::Tensor our_x = elements(isa, x), our_v = v ? elements(isa, *v) : our_x;
@@ -351,13 +350,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> sci(const at::Tensor&
   at::Tensor row_sum = at::empty_like(row_argmax);
   if (x.size(0) > 0)
     Forward(isa, our_x, our_v, static_cast<float>(scale), y, row_argmax, row_sum).run();
-  return {y.to(x.scalar_type()), at::empty({0}, x.options()), row_argmax, row_sum};
+  return {y.to(x.scalar_type()), row_argmax, row_sum};
 }
 
 std::tuple<at::Tensor, at::Tensor> sci_backward(const at::Tensor& dy, const at::Tensor& x,
                                                 const std::optional<at::Tensor>& v,
-                                                const at::Tensor& y, const at::Tensor&,
-                                                const at::Tensor& row_argmax,
+                                                const at::Tensor& y, const at::Tensor& row_argmax,
                                                 const at::Tensor& row_sum, double scale) {
   check_features("cpu_sci_backward", x, v);
   check_shape("cpu_sci_backward", "dy", dy, v ? v->sizes() : x.sizes());

@@ -171,36 +171,28 @@ struct Results {
         row_sum(call.empty({x.size(0), x.size(1)}, ScalarType::Float)) {}
 };
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> sci(const Tensor& x, const std::optional<Tensor>& v,
-                                               double scale, bool for_backward) {
+std::tuple<Tensor, Tensor, Tensor> sci(const Tensor& x, const std::optional<Tensor>& v,
+                                       double scale) {
   Call call(x);
   Results r(call, x, v);
-  const bool keeps_low = for_backward && x.scalar_type() != ScalarType::Float;
-  const std::vector<int64_t> none{0};
-  Tensor y_low = call.empty(keeps_low ? shape_of(values(x, v)) : none, x.scalar_type());
   check(cin_fast::sci_forward(
             call.context, dtype_of(x), shape(x, v), static_cast<float>(scale),
-            {view(x), view(v), data<void>(r.y), keeps_low ? data<void>(y_low) : nullptr,
-             data<float>(r.row_max), data<float>(r.row_sum)}),
+            {view(x), view(v), data<void>(r.y), data<float>(r.row_max), data<float>(r.row_sum)}),
         "sci");
-  return {r.y, y_low, r.row_max, r.row_sum};
+  return {r.y, r.row_max, r.row_sum};
 }
 
 std::tuple<Tensor, Tensor> sci_backward(const Tensor& dy, const Tensor& x,
-                                        const std::optional<Tensor>& v, const Tensor& y,
-                                        const Tensor& y_low, const Tensor& row_max,
-                                        const Tensor& row_sum, double scale) {
+                                        const std::optional<Tensor>& v, const Tensor&,
+                                        const Tensor& row_max, const Tensor& row_sum,
+                                        double scale) {
   Call call(x);
-  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float || y_low.numel() == y.numel(),
-                  "cin_fast cuda: y_low: empty, as sci ran with for_backward=False");
-  const Tensor high = torch::stable::contiguous(y), low = torch::stable::contiguous(y_low);
   Tensor dx = call.empty(shape_of(x), x.scalar_type());
   Tensor dv = call.empty(v ? shape_of(*v) : std::vector<int64_t>{0}, x.scalar_type());
   check(cin_fast::sci_backward(
             call.context, dtype_of(x), shape(x, v), static_cast<float>(scale),
-            {view(dy), view(x), view(v), high.const_data_ptr(), low.const_data_ptr(),
-             const_data<float>(row_max), const_data<float>(row_sum), data<void>(dx),
-             v ? data<void>(dv) : nullptr}),
+            {view(dy), view(x), view(v), const_data<float>(row_max), const_data<float>(row_sum),
+             data<void>(dx), v ? data<void>(dv) : nullptr}),
         "sci_backward");
   return {dx, dv};
 }

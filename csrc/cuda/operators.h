@@ -44,18 +44,14 @@ struct Context {
   void* owner;
 };
 
-// y_low: what rounding to 16 bits took from y, in 16 bits again; nullptr where no gradient will be
-// asked for, and in float32.
 struct SciForward {
   View x, v;
-  void *y, *y_low;
+  void* y;
   float *row_max, *row_sum;
 };
 
 struct SciBackward {
   View dy, x, v;
-  // Contiguous.
-  const void *y, *y_low;
   const float *row_max, *row_sum;
   // dv is nullptr where v = x: its share is then in dx.
   void *dx, *dv;

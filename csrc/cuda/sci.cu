@@ -48,15 +48,8 @@ __global__ void __launch_bounds__(kGroupThreads)
     __syncthreads();
   }
   softmax.finish();
-  const int64_t first = image * x.rows * p.columns;
-  const float divisors[2] = {Products::divisor(softmax.sum[0]), Products::divisor(softmax.sum[1])};
-  store_tile<Products>(p.y + first, acc, divisors[0], divisors[1], row, x.rows, chunk, p.columns);
-  if constexpr (sizeof(T) == 2) {
-    if (p.y_low) {
-      to_remainders<Products, T>(acc, divisors);
-      store_tile<Products>(p.y_low + first, acc, 1.f, 1.f, row, x.rows, chunk, p.columns);
-    }
-  }
+  store_tile<Products>(p.y + image * x.rows * p.columns, acc, Products::divisor(softmax.sum[0]),
+                       Products::divisor(softmax.sum[1]), row, x.rows, chunk, p.columns);
   if (blockIdx.y == 0)
     softmax.store(p.row_max + image * x.rows, p.row_sum + image * x.rows, row, x.rows);
 }
@@ -68,62 +61,6 @@ cudaError_t launch_forward(const Context& context, const Shape& shape,
   const dim3 grid(shape.batch * row_blocks, divide_up(parameters.columns, kColumns));
   return launch(context, "sci_forward", sci_forward_kernel<Products, kColumns>, grid, kGroupThreads,
                 ForwardTiles<Products, kColumns>::kSharedBytes, parameters, row_blocks);
-}
-
-template <class T>
-struct DotParameters {
-  Batch<T> dy;
-  const T *y, *y_low;
-  const float *row_max, *row_sum;
-  RowTerms* terms;
-  int columns;
-};
-
-template <class T, int kCount>
-struct alignas(kCount * sizeof(T)) Piece {
-  T numbers[kCount];
-};
-
-constexpr int kDotWarps = 8;
-
-// The row terms of 16-bit results, a row a warp: delta_i = dY_i . Y_i, where y and y_low together
-// are as exact as the sums that they were.
-template <class T, int kCount>
-__global__ void __launch_bounds__(32 * kDotWarps) sci_dot_kernel(DotParameters<T> p) {
-  ptx::grid_dependency_launch();
-  const int rows = p.dy.rows, blocks = padded_rows(rows) / kDotWarps;
-  const int image = blockIdx.x / blocks;
-  const int row = blockIdx.x % blocks * kDotWarps + threadIdx.x / 32;
-  const int64_t i = static_cast<int64_t>(image) * rows + row;
-  RowTerms terms = make_float4(0.f, 0.f, 0.f, 0.f);
-  if (row < rows) {
-    const T *dy = p.dy.data + i * p.dy.pitch, *y = p.y + i * p.columns;
-    const T* y_low = p.y_low + i * p.columns;
-    float delta = 0.f;
-    for (int column = lane_id() * kCount; column < p.columns; column += 32 * kCount) {
-      const auto of = [column](const T* numbers) {
-        return *reinterpret_cast<const Piece<T, kCount>*>(numbers + column);
-      };
-      const Piece<T, kCount> slope = of(dy), high = of(y), low = of(y_low);
-#pragma unroll
-      for (int e = 0; e < kCount; ++e)
-        delta += widen(slope.numbers[e]) * (widen(high.numbers[e]) + widen(low.numbers[e]));
-    }
-    for (int distance = 16; distance > 0; distance /= 2)
-      delta += __shfl_xor_sync(~0u, delta, distance);
-    terms = row_terms(p.row_max[i], HalfProducts<T>::divisor(p.row_sum[i]), delta);
-  }
-  if (lane_id() == 0) p.terms[static_cast<int64_t>(image) * padded_rows(rows) + row] = terms;
-}
-
-template <class T>
-cudaError_t launch_dot(const Context& context, const Shape& shape, const DotParameters<T>& p) {
-  constexpr int kCount = 8 / sizeof(T);
-  const uintptr_t starts = reinterpret_cast<uintptr_t>(p.dy.data) |
-                           reinterpret_cast<uintptr_t>(p.y) | reinterpret_cast<uintptr_t>(p.y_low);
-  const bool in_pieces = starts % 8 == 0 && p.columns % kCount == 0 && p.dy.pitch % kCount == 0;
-  return launch(context, "sci_dot", in_pieces ? sci_dot_kernel<T, kCount> : sci_dot_kernel<T, 1>,
-                dim3(shape.batch * padded_rows(shape.channels) / kDotWarps), 32 * kDotWarps, 0, p);
 }
 
 template <class Products>
@@ -258,11 +195,16 @@ cudaError_t forward(const Context& context, const Shape& shape, bool tied,
 
 template <class Products>
 cudaError_t backward(const Context& context, const Shape& shape, bool tied,
+                     const TermsParameters<typename Products::Element>& terms,
                      const BackwardParameters<typename Products::Element>& p) {
   if constexpr (sizeof(typename Products::Element) == 2) {
-    if (is_wgmma(context, shape, tied)) return wgmma_backward(context, shape, tied, p);
-    if (is_resident(context, shape, tied)) return resident_backward(context, shape, tied, p);
+    if (is_wgmma(context, shape, tied)) return wgmma_backward(context, shape, tied, terms, p);
+    if (is_resident(context, shape, tied)) {
+      CIN_FAST_RETURN_IF_ERROR(resident_terms(context, shape, tied, terms));
+      return resident_backward(context, shape, tied, p);
+    }
   }
+  CIN_FAST_RETURN_IF_ERROR(launch_terms<Products>(context, shape, terms));
   if (tied) return launch_backward<Products, Values::kTied>(context, shape, p);
   return p.columns <= kThin ? launch_backward<Products, Values::kThin>(context, shape, p)
                             : launch_backward<Products, Values::kOwn>(context, shape, p);
@@ -279,7 +221,6 @@ cudaError_t sci_forward(const Context& context, Dtype dtype, const Shape& shape,
     using T = typename Products::Element;
     sci::ForwardParameters<T> p{};
     p.y = static_cast<T*>(a.y);
-    p.y_low = static_cast<T*>(a.y_low);
     p.row_max = a.row_max;
     p.row_sum = a.row_sum;
     p.factor = softmax_factor<Products>(scale);
@@ -309,23 +250,14 @@ cudaError_t sci_backward(const Context& context, Dtype dtype, const Shape& shape
     p.dv = static_cast<T*>(a.dv);
     p.positions = shape.positions;
     p.columns = a.v.data ? shape.columns : shape.positions;
-    // The weight of a single channel is 1, whatever x is. In 16 bits dP and delta do not come from
-    // the same sum, so what is left of their difference has to be taken out.
-    p.scale = shape.channels == 1 ? 0.f : scale;
+    p.scale = scale;
     p.factor = softmax_factor<Products>(scale);
     CIN_FAST_RETURN_IF_ERROR(aligned_batch(context, a.x, shape, shape.positions, &p.x));
     CIN_FAST_RETURN_IF_ERROR(aligned_batch(context, a.dy, shape, p.columns, &p.dy));
     p.v = p.x;
     if (a.v.data) CIN_FAST_RETURN_IF_ERROR(aligned_batch(context, a.v, shape, p.columns, &p.v));
-    if constexpr (sizeof(T) == 2)
-      CIN_FAST_RETURN_IF_ERROR(
-          sci::launch_dot<T>(context, shape,
-                             {p.dy, static_cast<const T*>(a.y), static_cast<const T*>(a.y_low),
-                              a.row_max, a.row_sum, terms, p.columns}));
-    else
-      CIN_FAST_RETURN_IF_ERROR(sci::launch_terms<Products>(
-          context, shape, {p.dy, p.x, p.v, a.row_max, a.row_sum, terms, p.factor}));
-    return sci::backward<Products>(context, shape, !a.v.data, p);
+    return sci::backward<Products>(context, shape, !a.v.data,
+                                   {p.dy, p.x, p.v, a.row_max, a.row_sum, terms, p.factor}, p);
   });
 }
 

@@ -9,24 +9,11 @@ namespace sci {
 template <class T>
 struct ForwardParameters {
   Batch<T> x, v;
-  T *y, *y_low;
+  T* y;
   float *row_max, *row_sum;
   int columns;
   float factor;
 };
-
-// What rounding to T takes from sums over their divisors.
-template <class Products, class T, int M>
-__device__ __forceinline__ void to_remainders(float (&acc)[M][4], const float (&divisors)[2]) {
-#pragma unroll
-  for (int m = 0; m < M; ++m) {
-#pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      const float whole = Products::over(acc[m][e], divisors[e / 2]);
-      acc[m][e] = whole - widen(narrow<T>(whole));
-    }
-  }
-}
 
 template <class T>
 struct TermsParameters {
@@ -36,9 +23,10 @@ struct TermsParameters {
   float factor;
 };
 
-// What softmax_gradient takes off dP, delta_i = sum over j of P_ij dP_ij, for a lane's two rows. It
-// equals dY_i . Y_i, but where one weight is nearly 1, dP - delta is a small difference of large
-// numbers: float32's products, as exact as Y itself, have to be the same on both sides.
+// What softmax_gradient takes off dP, delta_i = sum over j of P_ij dP_ij, for a lane's
+// two rows. It equals
+// dY_i . Y_i, but from a rounded Y that is too coarse: where one weight is nearly 1, dP - delta is
+// a small difference of large numbers, and both have to come from the same product.
 template <class Products>
 struct RowSums {
   // Divided by the row's sum at the end, exactly as the weights are in effect.
@@ -131,6 +119,9 @@ template <class T>
 cudaError_t resident_forward(const Context& context, const Shape& shape, bool tied,
                              const ForwardParameters<T>& parameters);
 template <class T>
+cudaError_t resident_terms(const Context& context, const Shape& shape, bool tied,
+                           const TermsParameters<T>& parameters);
+template <class T>
 cudaError_t resident_backward(const Context& context, const Shape& shape, bool tied,
                               const BackwardParameters<T>& parameters);
 
@@ -140,6 +131,7 @@ cudaError_t wgmma_forward(const Context& context, const Shape& shape, bool tied,
                           const ForwardParameters<T>& parameters);
 template <class T>
 cudaError_t wgmma_backward(const Context& context, const Shape& shape, bool tied,
+                           const TermsParameters<T>& terms,
                            const BackwardParameters<T>& parameters);
 
 }  // namespace sci

@@ -121,20 +121,84 @@ __global__ void __launch_bounds__(kPipelineThreads, 1)
   const int row = block.row + own.row;
   const int64_t first = static_cast<int64_t>(block.image) * channels;
   const float divisors[2] = {Products::divisor(softmax.sum[0]), Products::divisor(softmax.sum[1])};
-  const auto store = [&](T* to, const float (&divisors)[2]) {
-    to += first * p.columns;
-    if constexpr (kTied)
-      store_rows<Products>(to, acc, divisors[0], divisors[1], x.rows, own.row, row, channels,
-                           p.columns);
-    else
-      store_tile<Products>(to, acc, divisors[0], divisors[1], row, channels, 0, p.columns);
-  };
-  store(p.y, divisors);
-  if (p.y_low) {
-    to_remainders<Products, T>(acc, divisors);
-    store(p.y_low, {1.f, 1.f});
-  }
+  T* to = p.y + first * p.columns;
+  if constexpr (kTied)
+    store_rows<Products>(to, acc, divisors[0], divisors[1], x.rows, own.row, row, channels,
+                         p.columns);
+  else
+    store_tile<Products>(to, acc, divisors[0], divisors[1], row, channels, 0, p.columns);
   softmax.store(p.row_max + first, p.row_sum + first, row, channels);
+#endif
+}
+
+template <class T, int kColumns, bool kTied>
+struct TermsTiles {
+  static constexpr int kWidth = 128, kStages = kTied ? 2 : 3, kValues = kTied ? kColumns : kThin;
+  using X = Operand<T, kConsumerRows, kWidth, kColumns, kStages>;
+  using V = Operand<T, 0, kWidth, kThin, kTied ? 0 : kStages>;
+  using Dy = Operand<T, kConsumerRows, kWidth, kValues, 0>;
+  static constexpr size_t kSharedBytes = pipeline_bytes<kStages, X, V, Dy>();
+};
+
+// A consumer's row sums over kSpan columns of every tile, from `column` on.
+template <int kSpan, class T, int kStages, class X, class Dy, class Values>
+__device__ __forceinline__ void sum_up(RowSums<HalfProducts<T>>& sums, const Ring<kStages>& ring,
+                                       const X& x, const Dy& dy, int row, const Values& values,
+                                       int column, int tiles, int channels) {
+  constexpr int kWidth = X::Passing::kRows;
+  for (int tile = 0; tile < tiles; ++tile) {
+    float s[kSpan / 8][4], dp[kSpan / 8][4];
+    ring.wait(tile);
+    ptx::wgmma_fence();
+    start_nt(s, x.rows, row, x[tile], column);
+    start_nt(dp, dy.rows, row, values[tile], column);
+    ptx::wgmma_commit();
+    ptx::wgmma_wait<0>();
+    ring.release(tile);
+    sums.add(s, dp, channels - tile * kWidth - column);
+  }
+}
+
+template <class T, int kColumns, bool kTied>
+__global__ void __launch_bounds__(kPipelineThreads, 1)
+    sci_wgmma_terms_kernel(const __grid_constant__ Maps maps, TermsParameters<T> p,
+                           RowBlocks blocks) {
+#ifdef CIN_FAST_WGMMA
+  follow();
+  using Tiles = TermsTiles<T, kColumns, kTied>;
+  constexpr int kWidth = Tiles::kWidth, kStages = Tiles::kStages;
+  const Place block(blocks);
+  const int channels = p.x.rows, tiles = divide_up(channels, kWidth);
+  SharedMemory shared;
+  const typename Tiles::X x(shared, maps.x, block.image);
+  const typename Tiles::V v(shared, maps.v, block.image);
+  const typename Tiles::Dy dy(shared, maps.dy, block.image);
+  const auto& values = either<kTied>(x, v);
+  const Ring<kStages> ring(shared);
+  if (is_producer()) return produce(ring, block.row, tiles, x, v, dy);
+
+  ptx::setmaxnreg_inc<kConsumerRegisters>();
+  const Share own(block);
+  const int row = block.row + own.row;
+  RowSums<HalfProducts<T>> sums(p, block.image, row, channels);
+  ptx::mbarrier_wait(ring.rows_full, 0);
+  if (!block.is_half) {
+    sum_up<kWidth, T>(sums, ring, x, dy, own.row, values, 0, tiles, channels);
+  } else {
+    const int column = own.is_second() ? kWidth / 2 : 0;
+    sum_up<kWidth / 2, T>(sums, ring, x, dy, own.row, values, column, tiles, channels);
+    const Merger merger(x.stages);
+    merger.meet();
+    if (own.is_second()) {
+      merger.at(0) = sums.delta[0];
+      merger.at(1) = sums.delta[1];
+    }
+    merger.meet();
+    if (own.is_second()) return;
+    sums.delta[0] += merger.at(0);
+    sums.delta[1] += merger.at(1);
+  }
+  sums.store(p, block.image, row, channels);
 #endif
 }
 
@@ -255,12 +319,15 @@ cudaError_t wgmma_forward(const Context& context, const Shape& shape, bool tied,
 
 template <class T>
 cudaError_t wgmma_backward(const Context& context, const Shape& shape, bool tied,
-                           const BackwardParameters<T>& p) {
+                           const TermsParameters<T>& terms, const BackwardParameters<T>& p) {
   Maps maps{};
   CIN_FAST_RETURN_IF_ERROR(encode_tile_maps(&maps.x, p.x, shape.batch));
   CIN_FAST_RETURN_IF_ERROR(encode_tile_maps(&maps.v, p.v, shape.batch));
   CIN_FAST_RETURN_IF_ERROR(encode_tile_maps(&maps.dy, p.dy, shape.batch));
   return with_columns(shape, tied, [&]<int kColumns, bool kTied>() {
+    CIN_FAST_RETURN_IF_ERROR(launch_balanced(
+        context, shape, "sci_wgmma_terms", sci_wgmma_terms_kernel<T, kColumns, kTied>,
+        TermsTiles<T, kColumns, kTied>::kSharedBytes, maps, terms));
     return launch_balanced(context, shape, "sci_wgmma_backward",
                            sci_wgmma_backward_kernel<T, kColumns, kTied>,
                            BackwardTiles<T, kColumns, kTied>::kSharedBytes, maps, p);
@@ -271,7 +338,7 @@ cudaError_t wgmma_backward(const Context& context, const Shape& shape, bool tied
   template cudaError_t wgmma_forward(const Context&, const Shape&, bool,  \
                                      const ForwardParameters<T>&);        \
   template cudaError_t wgmma_backward(const Context&, const Shape&, bool, \
-                                      const BackwardParameters<T>&);
+                                      const TermsParameters<T>&, const BackwardParameters<T>&);
 CIN_FAST_WGMMA_SCI(__nv_bfloat16)
 CIN_FAST_WGMMA_SCI(__half)
 #undef CIN_FAST_WGMMA_SCI
