@@ -19,7 +19,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from cin_fast import ops
+from cin_fast import dispatch, ops
 from cin_fast.kernels.configs import AMPERE, HOPPER
 from cin_fast.testing import (
     INPUT_KINDS,
@@ -179,6 +179,8 @@ def operators(columns: int | None) -> None:
     x, v, _, partner, eta = draw((2, 5, 6), columns, "relu", torch.float32)
     leaves = [None if t is None else t.requires_grad_() for t in (x, v, eta)]
     x, v, eta = leaves
+    # The first question registers them.
+    assert not dispatch.why_not(x, "triton")
     torch.library.opcheck(torch.ops.cin_fast.triton_sci, (x, v, -1.0))
     torch.library.opcheck(torch.ops.cin_fast.triton_cci, (x, partner, eta, v, -1.0))
 
