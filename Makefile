@@ -24,7 +24,8 @@ demo: install ## Train CIN and its plain backbone on the built-in images (under 
 	$(BIN)/python -m cin_fast.demo
 
 test: install ## Run every test this machine can run, and say why the others cannot.
-	$(BIN)/python -m pytest -q -n $(TEST_PROCESSES) --dist loadfile $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -q -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder \
+	    $(PYTEST_ARGS)
 
 lint: install ## Check style, types and formatting.
 	$(BIN)/ruff check .

@@ -18,12 +18,18 @@ import pytest
 import torch
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+# Files that take minutes start first: at the end, a process would be left alone with one of them.
+_LONG = ("test_triton_", "test_cuda_", "test_bench", "test_gpu_script")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     # Processes that share the tests share the cores, too.
     usual = "1" if "PYTEST_XDIST_WORKER" in os.environ else "2"
     torch.set_num_threads(int(os.environ.get("CIN_FAST_TEST_THREADS", usual)))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: not item.path.stem.startswith(_LONG))
 
 
 @pytest.fixture(autouse=True)
