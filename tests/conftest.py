@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib
 import os
 import platform
@@ -13,6 +14,7 @@ from types import ModuleType
 
 import cpu_isas
 import emulation
+import mutations
 import numpy as np
 import pytest
 import torch
@@ -113,10 +115,18 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def emulation_library(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The CUDA kernels compiled for the CPU."""
+    """The CUDA kernels compiled for the CPU, by one of the processes that share the tests."""
     if platform.machine() != "x86_64" or not shutil.which("g++"):
         pytest.skip("the emulation of CUDA needs g++ and an x86-64 processor")
-    return emulation.build(repository / "csrc", tmp_path_factory.mktemp("emulation"))
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    folder /= "emulation"
+    folder.mkdir(exist_ok=True)
+    library = folder / "libemulation.so"
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return library if library.exists() else emulation.build(repository / "csrc", folder)
 
 
 @pytest.fixture
@@ -125,4 +135,18 @@ def emulator(
 ) -> Iterator[emulation.Emulator]:
     """The emulated kernels as the ``cuda`` backend of CPU tensors."""
     with emulation.registered(emulation_library, monkeypatch) as emulator:
+        yield emulator
+
+
+@pytest.fixture
+def mutant(
+    mutation: mutations.Mutation,
+    repository: Path,
+    emulation_library: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Iterator[emulation.Emulator]:
+    """The same with the mutation of the test's parameter."""
+    library = mutations.build(mutation, repository / "csrc", emulation_library, tmp_path)
+    with emulation.registered(library, monkeypatch) as emulator:
         yield emulator

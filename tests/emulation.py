@@ -45,41 +45,44 @@ class _Call(ctypes.Structure):
     )
 
 
-def build(csrc: Path, folder: Path, only: str = "") -> Path:
-    """Compile the kernels and the emulation; returns the shared library.
-
-    ``only`` names one file of kernels to compile, where the folder holds the other objects.
-    """
-    # Kernels alone are instrumented: each plain load and store then calls the emulation.
-    sources = {
-        **{path: ["-x", "c++", "-O1", "-fsanitize=thread"] for path in csrc.glob("cuda/*.cu")},
-        **{path: ["-O2"] for path in csrc.glob("emulation/*.cpp")},
-    }
+def build(csrc: Path, folder: Path) -> Path:
+    """Compile the kernels and the emulation; returns the shared library, objects beside it."""
     folder.mkdir(parents=True, exist_ok=True)
-    objects = {source: folder / f"{source.name}.o" for source in sources}
-
-    def compile_one(source: Path) -> None:
-        run(["g++", *_FLAGS, *sources[source], "-c", str(source), "-o", str(objects[source])])
-
+    sources = [*csrc.glob("cuda/*.cu"), *csrc.glob("emulation/*.cpp")]
     with ThreadPoolExecutor(max_workers=int(os.environ.get("MAX_JOBS", "2"))) as pool:
-        list(pool.map(compile_one, [s for s in sources if not only or s.name == only]))
+        objects = list(pool.map(lambda source: compile_one(source, folder), sources))
+    return link(objects, folder)
+
+
+def rebuild(source: Path, library: Path, folder: Path) -> Path:
+    """``library`` of ``build`` with one of its sources, changed, compiled again into ``folder``.
+
+    What that source instantiates no more stays as it was.
+    """
+    # Of what several objects define, the linker keeps the first one's.
+    objects = [compile_one(source, folder), *sorted(library.parent.glob("*.o"))]
+    return link(objects, folder, "-Wl,--allow-multiple-definition")
+
+
+def compile_one(source: Path, folder: Path) -> Path:
+    # Kernels alone are instrumented: each plain load and store then calls the emulation.
+    kernels = ["-x", "c++", "-O1", "-fsanitize=thread"]
+    own = kernels if source.suffix == ".cu" else ["-O2"]
+    compiled = folder / f"{source.name}.o"
+    run(["g++", *_FLAGS, *own, "-c", str(source), "-o", str(compiled)])
+    return compiled
+
+
+def link(objects: Sequence[Path], folder: Path, *options: str) -> Path:
     library = folder / "libemulation.so"
-    # Of a template that several files instantiate, the linker keeps the first one's.
-    first_to_last = sorted(objects, key=lambda source: source.name != only)
-    linked = [str(objects[source]) for source in first_to_last]
-    run(["g++", "-shared", *linked, "-o", str(library), "-ldl"])
+    run(["g++", "-shared", *options, *map(str, objects), "-o", str(library), "-ldl"])
     return library
 
 
-def build_probe(repository: Path, folder: Path) -> Path:
-    """The probes of the PTX wrappers, over the emulation's wrappers."""
-    emulation = repository / "csrc/emulation"
-    runtime = [str(path) for path in emulation.glob("*.cpp") if path.name != "harness.cpp"]
-    probe = repository / "tests/ptx_probe.cu"
-    library, kernels = folder / "libprobe.so", str(folder / "probe.o")
-    run(["g++", *_FLAGS, "-x", "c++", "-O1", "-fsanitize=thread", "-c", str(probe), "-o", kernels])
-    run(["g++", *_FLAGS, "-shared", *runtime, kernels, "-o", str(library), "-ldl"])
-    return library
+def build_probe(source: Path, library: Path, folder: Path) -> Path:
+    """The probes of the PTX wrappers, over the emulation that ``build`` compiled."""
+    runtime = [o for o in library.parent.glob("*.cpp.o") if o.stem != "harness.cpp"]
+    return link([compile_one(source, folder), *runtime], folder)
 
 
 def run(command: Sequence[str]) -> None:
