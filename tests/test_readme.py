@@ -1,4 +1,4 @@
-"""README.md says nothing that does not run."""
+"""README.md says nothing that does not run, and no document points where nothing is."""
 
 import re
 import shlex
@@ -25,6 +25,28 @@ def test_the_example_runs_as_it_stands(text):
     assert names["logits"].shape == (4, 200)
     assert names["embeddings"].shape == (4, 512)
     assert torch.isfinite(names["embeddings"]).all()
+
+
+def heading_anchors(document):
+    """As GitHub makes them: of a heading's words, lower case, joined by hyphens."""
+    for heading in re.findall(r"^#+ (.*)$", document.read_text(), re.MULTILINE):
+        yield re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+def test_every_link_leads_somewhere(repository):
+    documents = [path for pattern in ("*.md", "docs/**/*.md", "bench/**/*.md")
+                 for path in repository.glob(pattern)]  # fmt: skip
+    links = [(document, target) for document in documents
+             for target in re.findall(r"\]\(([^)\s]+)\)", document.read_text())
+             if "://" not in target]  # fmt: skip
+    broken = []
+    for document, target in links:
+        path, _, anchor = target.partition("#")
+        place = document.parent / path if path else document
+        if not place.exists() or (anchor and anchor not in heading_anchors(place)):
+            broken.append(f"{document.relative_to(repository)}: {target}")
+    assert len(links) >= 15
+    assert not broken
 
 
 def test_its_training_commands_are_understood(text):
