@@ -5,8 +5,11 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
+import tempfile
 import threading
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -45,6 +48,35 @@ def fail(name: str, message: str, code: int = 2) -> int:
     """Print an error of the command ``name``; returns ``code``."""
     print(f"{name}: error: {message}", file=sys.stderr)
     return code
+
+
+def add_checkpoint(parser: argparse.ArgumentParser, *, positional: bool = False) -> None:
+    """The option, or argument, that names a trained model."""
+    what: dict[str, Any] = {"type": Path, "metavar": "RUN", "help": "last.pt, or a run's folder"}
+    if positional:
+        parser.add_argument("checkpoint", **what)
+    else:
+        parser.add_argument("--checkpoint", required=True, **what)
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """The option that :func:`cin_fast.distributed.pick_device` reads."""
+    parser.add_argument("--device", default="auto", metavar="NAME",
+                        help="auto, cpu, cuda or cuda:N (default: auto)")  # fmt: skip
+
+
+def writable_folder(folder: Path) -> None:
+    """Make the folder that ``--output`` names, before time is spent on what goes there.
+
+    Raises:
+        ValueError: if it cannot be made or written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".writable"):
+            pass
+    except OSError as error:
+        raise ValueError(f"--output: {folder} cannot be written ({error.strerror})") from error
 
 
 def at_least(least: int) -> Callable[[str], int]:

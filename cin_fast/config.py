@@ -260,7 +260,8 @@ def _parser() -> argparse.ArgumentParser:
         arguments = parser.add_argument_group(group)
         for field in _fields(group):
             kind, text = hints[field.name], str(field.metadata["help"]).replace("%", "%%")
-            if field.default not in ("", False):
+            # 0 is a default worth showing, and equals False.
+            if field.default != "" and field.default is not False:
                 text += f" (default: {field.default})"
             if kind is bool:
                 arguments.add_argument(
@@ -269,12 +270,14 @@ def _parser() -> argparse.ArgumentParser:
             else:
                 arguments.add_argument(
                     _option(field.name), type=kind, choices=field.metadata["choices"], help=text,
-                    metavar=None if field.metadata["choices"] else _metavar(kind),
+                    metavar=None if field.metadata["choices"] else _metavar(field.name, kind),
                 )  # fmt: skip
     return parser
 
 
-def _metavar(kind: type) -> str:
+def _metavar(name: str, kind: type) -> str:
+    if name in ("data_root", "output"):
+        return "DIR"
     return {int: "N", float: "X"}.get(kind, "NAME")
 
 

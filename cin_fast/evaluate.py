@@ -142,7 +142,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         device = pick_device(options.device, World(0, 1, 0))
         trained = load_trained(options.checkpoint, device)
         images = _test_images(trained, options)
-        options.output.mkdir(parents=True, exist_ok=True)
+        command.writable_folder(options.output)
         loader = DataLoader(images, batch_size=options.batch_size, num_workers=options.workers)
         scores = score(
             trained.model,
@@ -200,11 +200,15 @@ def _text(summary: dict[str, Any], files: Sequence[Path]) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="cin-fast-eval", description="Accuracy of a trained model on its test set."
+        prog="cin-fast-eval",
+        description="Accuracy of a trained model on its test set.",
+        epilog="example: cin-fast-eval runs/my_run --output runs/my_run/evaluation",
     )
-    parser.add_argument("checkpoint", type=Path, help="last.pt, or a run's folder")
-    parser.add_argument("--dataset", choices=dataset_names(), help="(default: the run's)")
-    parser.add_argument("--data-root", type=Path, metavar="DIR", help="(default: the run's)")
+    command.add_checkpoint(parser, positional=True)
+    parser.add_argument("--dataset", choices=dataset_names(),
+                        help="what to test on (default: the run's)")  # fmt: skip
+    parser.add_argument("--data-root", type=Path, metavar="DIR",
+                        help="folder of the dataset (default: the run's)")  # fmt: skip
     parser.add_argument("--output", type=Path, default=Path("evaluation"), metavar="DIR",
                         help="folder of the confusion matrix (default: evaluation)")  # fmt: skip
     parser.add_argument("--batch-size", type=command.at_least(1), default=32, metavar="N",
@@ -213,7 +217,7 @@ def _parser() -> argparse.ArgumentParser:
                         help="processes that load images (default: 2)")  # fmt: skip
     parser.add_argument("--skip-bad-images", action="store_true",
                         help="leave out images that cannot be read, and list them")  # fmt: skip
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
+    command.add_device(parser)
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
     return parser
 

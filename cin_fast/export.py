@@ -110,7 +110,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"--output: expected {' or '.join(_SUFFIXES)}, found {options.output.name!r}"
             )
         trained = load_trained(options.checkpoint)
-        options.output.parent.mkdir(parents=True, exist_ok=True)
+        command.writable_folder(options.output.parent)
+        if options.output.is_dir():
+            raise ValueError(f"--output: {options.output} is a folder")
         print(_write(trained, options.output))
         return 0
 
@@ -136,7 +138,7 @@ def _parser() -> argparse.ArgumentParser:
         "softmax, any number of images at once, class names inside.",
         epilog="example: cin-fast-export runs/my_run --output birds.onnx",
     )
-    parser.add_argument("checkpoint", type=Path, help="last.pt, or a run's folder")
+    command.add_checkpoint(parser, positional=True)
     parser.add_argument("--output", type=Path, required=True, metavar="FILE",
                         help="FILE.onnx, or FILE.pt2 for torch.export")  # fmt: skip
     return parser

@@ -53,14 +53,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="cin-fast-predict", description="Name the most likely classes of images."
+        prog="cin-fast-predict",
+        description="Name the most likely classes of images.",
+        epilog="example: cin-fast-predict --checkpoint runs/my_run a.jpg b.jpg",
     )
-    parser.add_argument("images", nargs="+", type=Path, help="image files")
-    parser.add_argument("--checkpoint", type=Path, required=True, help="last.pt, or a run's folder")
+    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image files")
+    command.add_checkpoint(parser)
     parser.add_argument(
         "--top", type=command.at_least(1), default=5, metavar="K", help="classes shown (default: 5)"
     )
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
+    command.add_device(parser)
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
     return parser
 

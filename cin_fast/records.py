@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from cin_fast.checkpoint import write_text
+from cin_fast.command import writable_folder
 from cin_fast.config import SETTINGS, TrainConfig
 from cin_fast.info import device_name, git_commit, versions
 
@@ -42,14 +43,7 @@ class RunFolder:
             )
         if resume and not held:
             raise ValueError(f"--resume: no checkpoint {self.checkpoint} to go on from")
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            write_text(self.path / ".writable", "")
-            (self.path / ".writable").unlink()
-        except OSError as error:
-            raise ValueError(
-                f"--output: {self.path} cannot be written ({error.strerror})"
-            ) from error
+        writable_folder(self.path)
 
     def clear(self) -> None:
         """Remove what an earlier run left."""

@@ -358,7 +358,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Joined once for all runs: leaving and joining again between them is not reliable.
         with join(plan.base.device) as world:
             if world.main:
-                plan.output.mkdir(parents=True, exist_ok=True)
+                command.writable_folder(plan.output)
                 write_text(plan.output / "table1.json", plan.base.to_json() + "\n")
             table, failed = run(plan, world)
         if world.main:

@@ -91,7 +91,8 @@ def draw_pairs(trained: Trained, images: Sequence[Path], output: Path) -> Path:
     for path in images[1:]:
         other, x_other_CHW = _features(trained, path)
         with torch.inference_mode():
-            z_BCHW = model.cci(torch.stack([x_CHW, x_other_CHW]), torch.tensor([1, 0]))
+            x_BCHW = torch.stack([x_CHW, x_other_CHW]).to(trained.device)
+            z_BCHW = model.cci(x_BCHW, torch.tensor([1, 0])).cpu()
         rows.append((first, [z_BCHW[0].mean(0), other, z_BCHW[1].mean(0)]))
     return _save(rows, ["image", "its Z'", "against", "its Z'"], output)
 
@@ -102,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def body() -> int:
         trained = load_trained(options.checkpoint, pick_device(options.device, World(0, 1, 0)))
-        options.output.mkdir(parents=True, exist_ok=True)
+        command.writable_folder(options.output)
         drawn = [draw_activations(trained, options.images, options.output / "activations.png")]
         if isinstance(trained.model, SCINet):
             drawn.append(draw_channels(trained, options.images, options.output / "channels.png"))
@@ -159,13 +160,16 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="cin-fast-visualize",
         description="Draw what channels see, before and after interaction (Figures 1, 4 and 5).",
+        epilog="example: cin-fast-visualize --checkpoint runs/my_run a.jpg b.jpg c.jpg",
     )
     parser.add_argument(
-        "images", nargs="+", type=Path, help="image files; pairs start at the first"
-    )
-    parser.add_argument("--checkpoint", type=Path, required=True, help="last.pt, or a run's folder")
-    parser.add_argument("--output", type=Path, default=Path("pictures"), help="folder (pictures)")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
+        "images", nargs="+", type=Path, metavar="IMAGE",
+        help="image files; the first is drawn against each of the others",
+    )  # fmt: skip
+    command.add_checkpoint(parser)
+    parser.add_argument("--output", type=Path, default=Path("pictures"), metavar="DIR",
+                        help="folder of the pictures (default: pictures)")  # fmt: skip
+    command.add_device(parser)
     return parser
 
 

@@ -101,6 +101,25 @@ def test_help_is_worth_reading(capsys, name):
     assert "." in text.partition("\n\n")[2].partition("\n\n")[0]
 
 
+@pytest.mark.parametrize("name", ["train", "eval", "predict", "visualize"])
+def test_the_same_option_reads_the_same(capsys, name):
+    with pytest.raises(SystemExit):
+        COMMANDS[name](["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "--device NAME auto, cpu, cuda or cuda:N (default: auto)" in text
+    assert name == "train" or "last.pt, or a run's folder" in text
+    assert name == "predict" or "--output DIR" in text
+    assert "example: cin-fast-" in text
+
+
+def test_a_default_of_zero_is_shown(capsys):
+    with pytest.raises(SystemExit):
+        train(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "as the paper does (default: 0.0)" in text
+    assert "sampling and augmentation (default: 0)" in text
+
+
 @pytest.fixture(scope="module")
 def run(images, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
@@ -122,10 +141,15 @@ def run(images, tmp_path_factory):
         ("predict", ["FOLDER"], "is a folder"),
         ("export", ["--output", "a.txt"], "expected .onnx or .pt2, found 'a.txt'"),
         ("export", ["--output", "IMAGE/a.onnx"], "File exists"),
+        ("export", ["--output", "FOLDER/a.pt2"], "a.pt2 is a folder"),
+        ("eval", ["--output", "/proc"], "--output: /proc cannot be written"),
+        ("visualize", ["--output", "/proc", "IMAGE"], "--output: /proc cannot be written"),
+        ("export", ["--output", "/proc/a.pt2"], "--output: /proc cannot be written"),
     ],
 )
 def test_wrong_arguments_after_training(run, images, capsys, name, argv, message):
     picture = str(images / "test" / "red" / "0.png")
+    (images / "a.pt2").mkdir(exist_ok=True)
     argv = [a.replace("IMAGE", picture).replace("FOLDER", str(images)) for a in argv]
     checkpoint = ["--checkpoint", str(run)] if name in ("predict", "visualize") else [str(run)]
     try:

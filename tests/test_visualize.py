@@ -1,10 +1,15 @@
 """Pictures of a trained model: what they show is what the operators say."""
 
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from cin_fast import checkpoint as checkpoints
+from cin_fast import visualize
 from cin_fast.config import TrainConfig
 from cin_fast.models import build_model
 from cin_fast.ops import sci_weights
@@ -74,6 +79,23 @@ def test_pictures_are_written(tmp_path, images, capsys, method, count):
         with Image.open(file) as picture:
             colours = picture.convert("RGB").getcolors(maxcolors=1 << 24)
             assert len(colours) > 100
+
+
+def test_a_contrast_is_computed_where_the_model_lies(tmp_path, images, monkeypatch):
+    save_model(tmp_path, "cin")
+    trained = load_trained(tmp_path)
+    found = []
+
+    def cci(x, partner):
+        found.append(x.device)
+        return torch.zeros(x.shape)
+
+    features = (np.zeros((64, 64, 3)), torch.zeros(512, 2, 2))
+    monkeypatch.setattr(visualize, "_features", lambda *_: features)
+    trained.model.cci.forward = cci
+    elsewhere = replace(trained, device=torch.device("meta"))
+    visualize.draw_pairs(elsewhere, [Path(name) for name in images], tmp_path / "pairs.png")
+    assert found == [torch.device("meta")] * 2
 
 
 def test_errors_are_one_line(tmp_path, images, capsys):
