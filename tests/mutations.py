@@ -39,9 +39,12 @@ class Mutation:
     is_thin: bool = False
     # One: no block is halved.
     multiprocessors: int = 1
+    # As CIN_FAST_CUDA_LOADS=pieces.
+    reads_pieces: bool = False
     # Of x.
     images: int = 2
     channels: int = 70
+    positions: int = 72
 
     def __str__(self) -> str:
         return self.name
@@ -50,7 +53,8 @@ class Mutation:
     def instance(self) -> str:
         """What is compiled and run, in words."""
         halves = " by halves" if self.multiprocessors > 1 else ""
-        return f"{self.kernels}{' thin' if self.is_thin else ''}{halves}"
+        pieces = " by pieces" if self.reads_pieces else ""
+        return f"{self.kernels}{' thin' if self.is_thin else ''}{halves}{pieces}"
 
 
 def unchanged(mutations: Iterable[Mutation]) -> list[Mutation]:
@@ -79,10 +83,12 @@ def expect_seen(emulator: Emulator, mutation: Mutation) -> None:
 def run(emulator: Emulator, mutation: Mutation) -> None:
     emulator.choose(mutation.chip)
     emulator.multiprocessors = mutation.multiprocessors
+    emulator.reads_pieces = mutation.reads_pieces
     if mutation.shared_limit is not None:
         emulator.shared_limit = mutation.shared_limit
-    x = make_input("diffuse", (mutation.images, mutation.channels, 72), torch.bfloat16)
-    thin = make_input("randn", (mutation.images, mutation.channels, 9), torch.bfloat16, seed=2)
+    shape = (mutation.images, mutation.channels, mutation.positions)
+    x = make_input("diffuse", shape, torch.bfloat16)
+    thin = make_input("randn", (*shape[:2], 9), torch.bfloat16, seed=2)
     v = thin if mutation.is_thin else None
     dy = make_input("randn", (x if v is None else v).shape, torch.bfloat16, seed=1)
     if mutation.kernels.startswith("cci"):

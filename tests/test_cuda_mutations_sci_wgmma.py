@@ -33,6 +33,11 @@ def of_half_blocks(
     return replace(mutation, is_thin=is_thin, multiprocessors=132)
 
 
+def of_pieces(name: str, file: str, old: str, new: str, symptom: str) -> Mutation:
+    """Where the producer brings rows that start on 8 bytes, but not on 16."""
+    return replace(of_warp_groups(name, file, old, new, symptom), reads_pieces=True, positions=76)
+
+
 MUTATIONS = (
     of_warp_groups(
         "full stage unawaited",
@@ -244,6 +249,69 @@ MUTATIONS = (
         "if (tile + 1 < tiles) ring.pass(tile + 1);",
         "",
         "deadlock",
+    ),
+    of_warp_groups(
+        "not waited for the kernel before",
+        "warpgroup.cuh",
+        "  ptx::grid_dependency_wait();\n",
+        "",
+        "no grid_dependency_wait",
+    ),
+    of_pieces(
+        "pieces unfenced",
+        "warpgroup.cuh",
+        "    ptx::fence_proxy_async();\n    __syncwarp();",
+        "    __syncwarp();",
+        "no fence.proxy.async",
+    ),
+    of_pieces(
+        "published before it landed",
+        "warpgroup.cuh",
+        "ring.template publish<kStages - 1>(ring.full(0));",
+        "ring.template publish<kStages>(ring.full(0));",
+        "race",
+    ),
+    of_pieces(
+        "a warp publishes for its lanes unasked",
+        "warpgroup.cuh",
+        "    ptx::fence_proxy_async();\n    __syncwarp();",
+        "    ptx::fence_proxy_async();",
+        "race",
+    ),
+    of_pieces(
+        "pieces over a tile in use",
+        "warpgroup.cuh",
+        "    ring.wait_empty(tile);\n    x.load(tile);",
+        "    x.load(tile);",
+        "deadlock|wgmma|race",
+    ),
+    of_pieces(
+        "pieces' swizzle",
+        "wgmma_tiles.cuh",
+        "(byte ^ row % 8 * 16)",
+        "(byte ^ row % 4 * 16)",
+        "error",
+    ),
+    of_pieces(
+        "one arrival of four",
+        "sci_wgmma.cu",
+        "kPieces ? kGroupThreads / 32 : 1",
+        "1",
+        "deadlock|arrivals",
+    ),
+    of_pieces(
+        "pieces' rows unchecked",
+        "wgmma_tiles.cuh",
+        "row + first + i < rows",
+        "0 < rows",
+        "global buffer",
+    ),
+    of_pieces(
+        "pieces' registers",
+        "warpgroup.cuh",
+        "kProducerRegistersByPieces = 40",
+        "kProducerRegistersByPieces = 48",
+        "65536",
     ),
 )
 
