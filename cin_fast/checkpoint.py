@@ -6,6 +6,7 @@ stands beside it. Both are written to the side and renamed into place.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 from collections.abc import Mapping
@@ -80,10 +81,11 @@ def load(path: Path) -> Checkpoint:
         raise CheckpointError(f"no checkpoint at {path}")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read ({error.strerror or error})") from error
-    # What torch stumbles over in a damaged file is of no use to its owner.
     except Exception as error:
+        # torch seeks before the start of a file that was cut short: an invalid argument.
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:
+            raise CheckpointError(f"{path} cannot be read ({error.strerror or error})") from error
+        # What torch stumbles over in a damaged file is of no use to its owner.
         raise CheckpointError(
             f"{path} is damaged or no checkpoint; {_hash_verdict(path)}"
         ) from error

@@ -190,8 +190,10 @@ def parse(argv: Sequence[str] | None = None) -> TrainConfig:
 
 
 def _settings_of_the_run(options: Mapping[str, Any]) -> str:
-    settings = Path(options.get("output", "")) / SETTINGS
-    return str(settings) if options.get("resume") and settings.is_file() else ""
+    if not (options.get("resume") and options.get("output")):
+        return ""
+    settings = Path(options["output"]) / SETTINGS
+    return str(settings) if settings.is_file() else ""
 
 
 def read_settings(file: Path) -> dict[str, Any]:

@@ -42,7 +42,8 @@ def join(device: str) -> Iterator[World]:
     if world.size == 1 or dist.is_initialized():
         yield world
         return
-    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    on_gpu = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
+    dist.init_process_group("nccl" if on_gpu else "gloo")
     try:
         yield world
     finally:

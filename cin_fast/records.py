@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import importlib.util
 import json
+import os
 import platform
 import shlex
 import shutil
 import sys
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -33,7 +37,7 @@ class RunFolder:
 
         Raises:
             ValueError: if it cannot be written, holds a run that is neither resumed nor replaced,
-                or holds none to resume.
+                or holds none to resume, or if another process is at it.
         """
         held = self.checkpoint.exists()
         if held and not (resume or overwrite):
@@ -44,6 +48,22 @@ class RunFolder:
         if resume and not held:
             raise ValueError(f"--resume: no checkpoint {self.checkpoint} to go on from")
         writable_folder(self.path)
+        self._lock()
+
+    def _lock(self) -> None:
+        """Keep other processes out for as long as this object lives, however it ends."""
+        if importlib.util.find_spec("fcntl") is None:
+            return
+        import fcntl
+
+        file = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT)
+        weakref.finalize(self, os.close, file)
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            # Some network file systems know no locks.
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                raise ValueError(f"--output: another process trains in {self.path}") from error
 
     def clear(self) -> None:
         """Remove what an earlier run left."""

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from cin_fast import checkpoint as checkpoints
+from cin_fast import dispatch
 from cin_fast.checkpoint import Checkpoint, CheckpointError
 from cin_fast.config import INDIFFERENT, TrainConfig
 from cin_fast.data import ClassBalancedPairSampler, ImageDataset, build_dataset
@@ -50,6 +51,8 @@ class Trainer:
         self.world = world
         self.device = pick_device(config.device, world)
         check_image_size(config.backbone, config.image_size)
+        if config.model_backend:
+            dispatch.require(torch.empty(0, device=self.device), config.model_backend)
         self.folder = RunFolder(config.output_folder)
         if world.main:
             self.folder.open(resume=config.resume, overwrite=config.overwrite)

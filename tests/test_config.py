@@ -111,3 +111,9 @@ def test_resuming_takes_the_settings_of_the_run_however_it_is_named(tmp_path):
         assert config.parse([*output, "--resume"]).lr == 0.5
         assert config.parse(output).lr == 0.001
         assert config.parse([*output, "--resume", "--lr", "0.25"]).lr == 0.25
+
+
+def test_resuming_without_a_folder_reads_no_settings_that_lie_about(tmp_path, monkeypatch):
+    (tmp_path / "settings.json").write_text(TrainConfig(lr=0.5).to_json())
+    monkeypatch.chdir(tmp_path)
+    assert config.parse(["--resume"]).lr == 0.001

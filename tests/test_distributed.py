@@ -59,6 +59,25 @@ def test_two_processes_are_one_on_the_joined_batch(tmp_path):
         assert ((two[name] - gradient).abs().max() / scale) < 1e-4, name
 
 
+@pytest.mark.parametrize(
+    ("device", "gpus", "expected"),
+    [
+        ("auto", True, "nccl"),
+        ("auto", False, "gloo"),
+        ("cpu", True, "gloo"),
+        ("cuda", True, "nccl"),
+    ],
+)
+def test_gpus_talk_over_nccl(monkeypatch, device, gpus, expected):
+    found = []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus)
+    monkeypatch.setattr(dist, "init_process_group", found.append)
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
+    with join(device):
+        assert found == [expected]
+
+
 @pytest.mark.slow
 def test_torchrun_trains_and_only_the_first_process_writes(tmp_path):
     run = tmp_path / "run"

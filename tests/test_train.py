@@ -1,6 +1,7 @@
 """cin-fast-train as a user meets it: a run, its folder, resuming, and what it refuses."""
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -16,6 +17,7 @@ from cin_fast import checkpoint as checkpoints
 from cin_fast import config as configs
 from cin_fast.data import ImageDataset
 from cin_fast.distributed import World
+from cin_fast.records import RunFolder
 from cin_fast.train import Trainer, main, train
 
 
@@ -152,6 +154,31 @@ def test_a_run_is_not_overwritten_unasked(images, tmp_path, capsys):
     assert main([*argv, "--overwrite"]) == 0
 
 
+def test_what_cannot_work_leaves_the_run_that_it_would_replace(images, tmp_path, capsys):
+    assert main(arguments(images, tmp_path, epochs=1)) == 0
+    argv = arguments(images, tmp_path, epochs=1, backend="cuda")
+    assert "'cuda' cannot run here" in refusal(capsys, [*argv, "--overwrite"])
+    assert (tmp_path / "last.pt").exists()
+
+
+def test_two_processes_do_not_train_in_one_folder(tmp_path):
+    def hold(pipe):
+        folder = RunFolder(tmp_path)
+        folder.open()
+        pipe.send("held")
+        pipe.recv()
+
+    ours, theirs = multiprocessing.Pipe()
+    other = multiprocessing.get_context("fork").Process(target=hold, args=(theirs,), daemon=True)
+    other.start()
+    assert ours.recv() == "held"
+    with pytest.raises(ValueError, match="another process trains in"):
+        RunFolder(tmp_path).open()
+    ours.send("end")
+    other.join()
+    RunFolder(tmp_path).open()
+
+
 def test_resume_refuses_other_settings_and_broken_files(images, tmp_path, capsys):
     argv = arguments(images, tmp_path, epochs=1)
     assert "no checkpoint" in refusal(capsys, [*argv, "--resume"])
@@ -159,10 +186,12 @@ def test_resume_refuses_other_settings_and_broken_files(images, tmp_path, capsys
     other = arguments(images, tmp_path, epochs=2, lr=0.5)
     assert "lr = 0.001, not 0.5" in refusal(capsys, [*other, "--resume"])
     path = tmp_path / "last.pt"
-    path.write_bytes(path.read_bytes()[:-1000])
-    error = refusal(capsys, [*argv, "--resume"])
-    assert "is damaged" in error
-    assert "hash differs" in error
+    whole = path.read_bytes()
+    for kept in (len(whole) - 1000, 20_000):
+        path.write_bytes(whole[:kept])
+        error = refusal(capsys, [*argv, "--resume"])
+        assert "is damaged" in error
+        assert "hash differs" in error
 
 
 def test_an_unwritable_output_is_refused(images, tmp_path, capsys):
