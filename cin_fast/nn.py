@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from cin_fast import reference
 from cin_fast.ops import cci, check_partner, sci, tap_means
 from cin_fast.pair import pair_columns
 from cin_fast.thin import thin_linear
@@ -124,13 +125,16 @@ class CCI(nn.Module):
         self.psi = nn.Linear(2 * channels, 1)
 
     def eta(self, y_BC: Tensor, partner: Tensor) -> Tensor:
-        """eta of every image against its partner, (B,), from the spatial means of Y (B, C)."""
+        """eta of every image against its partner, (B,), from the spatial means of Y (B, C).
+
+        psi is applied in float32 or wider, under autocast as well.
+        """
         if y_BC.shape[1:] != (self.phi.in_channels,):
             raise ValueError(
                 f"y_BC: expected (B, {self.phi.in_channels}), found {tuple(y_BC.shape)}"
             )
         check_partner(y_BC, partner)
-        return self.psi(torch.cat([y_BC, y_BC[partner]], dim=1)).squeeze(1)
+        return reference.eta(y_BC, partner.to(y_BC.device), self.psi.weight, self.psi.bias)
 
     def forward(self, x: Tensor, partner: Tensor, y_BC: Tensor | None = None) -> Tensor:
         """Z', (B, C, H, W).

@@ -196,6 +196,10 @@ def check_features(x: Tensor) -> None:
     """Refuse, with ``ValueError``, what is no features of the operators."""
     if not isinstance(x, Tensor):
         raise ValueError(f"x: expected a tensor, found {type(x).__name__}")
+    if x.layout != torch.strided:
+        raise ValueError(f"x: expected a dense tensor, found layout {x.layout}")
+    if x.is_nested:
+        raise ValueError("x: expected one shape for all images, found a nested tensor")
     if x.dim() not in (3, 4):
         raise ValueError(f"x: expected (B, C, L) or (B, C, H, W), found shape {tuple(x.shape)}")
     if x.dtype not in _DTYPES:

@@ -39,7 +39,7 @@ def thin_linear(
 
 
 def _has_kernel(a: Tensor, w: Tensor) -> bool:
-    if a.dim() != 2 or a.shape[1] != w.shape[1]:
+    if a.dim() != 2 or w.dim() != 2 or a.shape[1] != w.shape[1]:
         return False
     if not a.dtype == w.dtype == torch.float32 or w.device != a.device:
         return False

@@ -139,6 +139,14 @@ def test_eta_reads_the_pair_in_order():
     torch.testing.assert_close(module.eta(y, torch.tensor([1, 0])), expected)
 
 
+def test_autocast_leaves_eta_alone():
+    """As in pooled_pair: eta decides signs, and psi costs nothing."""
+    module, y, partner = CCI(3), torch.randn(2, 3), torch.tensor([1, 0])
+    expected = module.eta(y, partner)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(module.eta(y, partner), expected)
+
+
 def test_eta_is_made_from_y_and_not_from_phi_of_y():
     module, x = CCI(6), make_map(4, 5)
     partner = torch.tensor([1, 0, 3, 2])

@@ -157,6 +157,8 @@ def test_same_bits_at_every_run():
         ((torch.zeros(2, 0, 4),), r"x: channels .* \(2, 0, 4\)"),
         ((torch.zeros(2, 3, 0),), "x: channels and positions may not be empty"),
         (("nothing",), "x: expected a tensor, found str"),
+        ((torch.zeros(2, 3, 4).to_sparse(),), "x: expected a dense tensor.*sparse"),
+        ((torch.nested.nested_tensor([torch.zeros(3, 4)]),), "x: expected one shape.*nested"),
         ((torch.zeros(2, 3, 4), torch.zeros(2, 4, 4)), r"v: expected \(2, 3, K\)"),
         ((torch.zeros(2, 3, 4), torch.zeros(2, 3, 4).double()), "v: expected x's dtype"),
         ((torch.zeros(2, 3, 4), torch.zeros(2, 3, 4, device="meta")), "v: expected x's device"),

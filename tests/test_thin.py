@@ -104,6 +104,11 @@ def test_derivatives_to_the_second_order_are_those_of_linear() -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
+def test_one_output_as_linear_takes_it() -> None:
+    a, w = torch.randn(3, 8), torch.randn(8)
+    assert torch.equal(thin_linear(a, w), torch.nn.functional.linear(a, w))
+
+
 @pytest.mark.parametrize("frozen", [0, 1])
 def test_a_frozen_operand_gets_no_gradient(frozen: int) -> None:
     a, w, dy = operands(3, 17, 5)
