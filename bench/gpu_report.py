@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,7 +105,7 @@ def load(path: Path) -> GpuRun:
         ValueError: if it is something else.
     """
     about = json.loads(path.read_text())
-    try:
+    with written_by("make gpu", path):
         steps = about.pop("steps")
         found = [step["measured"] for step in steps if step["measured"]]
         groups = [
@@ -114,8 +115,15 @@ def load(path: Path) -> GpuRun:
         ]
         left_out = [one for part in found for one in part["left_out"]]
         return GpuRun(about, steps, groups, _best([one["ceilings"] for one in found]), left_out)
+
+
+@contextmanager
+def written_by(program: str, path: Path) -> Iterator[None]:
+    """Says, with ``ValueError``, that a file does not hold what ``program`` writes."""
+    try:
+        yield
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: not written by make gpu ({error!r})") from error
+        raise ValueError(f"{path}: not written by {program} ({error!r})") from error
 
 
 def _seconds(rivals: dict[str, dict[str, float]]) -> dict[str, float]:

@@ -42,7 +42,7 @@ def load(path: Path) -> KernelRun:
         ValueError: if it is something else.
     """
     about = json.loads(path.read_text())
-    try:
+    with gpu_report.written_by("bench/kernel_times.py", path):
         case, rows = Case(**about["case"]), about["rows"]
         return KernelRun(
             about,
@@ -60,8 +60,6 @@ def load(path: Path) -> KernelRun:
             ],
             commits={row["name"]: row["commit"] for row in rows},
         )
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: not written by bench/kernel_times.py ({error!r})") from error
 
 
 def _groups(case: Case, rows: list[dict[str, Any]]) -> list[Group]:

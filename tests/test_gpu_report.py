@@ -207,3 +207,15 @@ def test_what_is_no_gpu_run_is_refused_in_one_line(bench, tmp_path, capsys, run)
         path.write_text(run)
     assert bench("report").main(["--gpu", str(path)]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("module", "program"),
+    [("gpu_report", "make gpu"), ("kernel_report", "bench/kernel_times.py")],
+)
+@pytest.mark.parametrize("text", ["[]", "{}", '{"steps": [1], "case": {"width": 1}}'])
+def test_a_file_of_something_else_is_named(bench, tmp_path, module, program, text):
+    path = tmp_path / "a.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=rf"a\.json: not written by {program}"):
+        bench(module).load(path)
