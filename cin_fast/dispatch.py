@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.autograd.forward_ad import unpack_dual
+from torch.autograd import forward_ad
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 _OPERATORS = ("sci", "sci_backward", "cci", "cci_backward")
@@ -88,11 +88,12 @@ def transformed(*tensors: Tensor | None) -> bool:
 
     Registered operators give no tangent there, and torch does not say so: the definition does.
     """
-    if torch.compiler.is_compiling():
-        return False
     if torch._C._are_functorch_transforms_active():
         return True
-    return any(t is not None and unpack_dual(t).tangent is not None for t in tensors)
+    if torch.compiler.is_compiling():
+        # Of a tensor in a graph nobody can tell whether it has a tangent: any may have one.
+        return forward_ad._current_level >= 0
+    return any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
 
 
 def autocast_enabled(x: Tensor) -> bool:

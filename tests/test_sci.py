@@ -192,6 +192,38 @@ def test_forward_mode_and_func_transforms_use_the_definition():
     torch.testing.assert_close(mapped[1], cin_fast.sci(2 * x))
 
 
+def _tangent_of(function, x, tangent):
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(function(forward_ad.make_dual(x, tangent))).tangent
+
+
+@pytest.mark.parametrize(
+    "of",
+    [
+        lambda f, x: torch.func.jvp(f, (x,), (x,))[1],
+        lambda f, x: _tangent_of(f, x, x),
+        lambda f, x: torch.func.grad(lambda x: f(x).square().sum())(x),
+        lambda f, x: torch.func.vmap(f)(torch.stack([x, 2 * x])),
+    ],
+    ids=["jvp", "dual", "grad", "vmap"],
+)
+@pytest.mark.parametrize("function", [cin_fast.sci, cin_fast.tap_means])
+def test_transforms_keep_their_values_when_compiled(function, of):
+    torch.compiler.reset()
+    x = make_input("diffuse", (2, 4, 3, 2))
+    compiled = torch.compile(lambda x: of(function, x), backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), of(function, x))
+
+
+def test_a_compiled_call_keeps_the_tangent_of_its_caller():
+    torch.compiler.reset()
+    compiled = torch.compile(cin_fast.sci, backend="aot_eager")
+    x = make_input("diffuse", (2, 4, 3))
+    compiled(x)
+    for of in (lambda f: torch.func.jvp(f, (x,), (x,))[1], lambda f: _tangent_of(f, x, x)):
+        torch.testing.assert_close(of(compiled), of(cin_fast.sci))
+
+
 def test_tap_means_in_forward_mode():
     x = make_input("randn", (1, 2, 3, 4), torch.float64)
     _, tangent = torch.func.jvp(cin_fast.tap_means, (x,), (x,))
