@@ -425,15 +425,17 @@ def _cci_gradient(backend: str) -> Any:
     return gradient
 
 
+# tap_means is linear: it and its gradient are each other's derivatives.
 def _tap_means_gradient(backend: str) -> Any:
-    compute = (
-        reference.tap_means_backward
-        if backend == "reference"
-        else _op(backend, "tap_means_backward")
-    )
-
     def gradient(ctx: Any, dv: Tensor) -> Tensor:
-        return compute(dv, ctx.height, ctx.width)
+        return _op(backend, "tap_means_backward")(dv, ctx.height, ctx.width)
+
+    return gradient
+
+
+def _tap_means_second_gradient(backend: str) -> Any:
+    def gradient(ctx: Any, ddx: Tensor) -> tuple[Tensor, None, None]:
+        return _op(backend, "tap_means")(ddx), None, None
 
     return gradient
 
@@ -452,8 +454,6 @@ def _define(backend: str, schemas: dict[str, str]) -> None:
         torch.library.register_fake(name, _FAKES[stem])
         if backend == "reference":
             torch.library.impl(name, "CompositeExplicitAutograd", _REFERENCE[stem])
-        if stem.endswith("_backward"):
-            torch.library.register_autograd(name, refuse_double_backward)
 
 
 for _name in dispatch.BACKENDS:
@@ -465,12 +465,19 @@ for _name in dispatch.BACKENDS:
         torch.library.register_autograd(
             f"cin_fast::{_name}_{_stem}", _gradient(_name), setup_context=_context
         )
+        torch.library.register_autograd(
+            f"cin_fast::{_name}_{_stem}_backward", refuse_double_backward
+        )
 for _name in TAP_BACKENDS:
     _define(_name, _TAP_SCHEMAS)
     torch.library.register_autograd(
         f"cin_fast::{_name}_tap_means",
         _tap_means_gradient(_name),
         setup_context=_tap_means_context,
+    )
+    torch.library.register_autograd(
+        f"cin_fast::{_name}_tap_means_backward",
+        _tap_means_second_gradient(_name),
     )
 
 # 0 where float32 products follow IEEE 754, 1 where they may round to TF32. The cuda backend asks,

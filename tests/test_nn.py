@@ -60,6 +60,27 @@ def test_tap_means_opcheck():
     torch.library.opcheck(torch.ops.cin_fast.cpu_tap_means, (x,))
 
 
+def test_tap_means_has_every_derivative():
+    x = make_map(3, 4, batch=2, dtype=torch.float64).requires_grad_()
+    torch.autograd.gradgradcheck(cin_fast.tap_means, x)
+    # The cpu backend takes no float64.
+    x = x.detach().float().requires_grad_()
+    (dx,) = torch.autograd.grad(cin_fast.tap_means(x).square().sum(), x, create_graph=True)
+    (found,) = torch.autograd.grad(dx.square().sum(), x)
+    twice = cin_fast.tap_means(dx.detach() * 2)
+    u = tap_rectangles(3, 4, device=x.device, dtype=x.dtype)
+    torch.testing.assert_close(found, (2 * twice @ u.mT).unflatten(-1, (3, 4)))
+
+
+def test_modules_on_the_reference_have_a_second_derivative():
+    module, partner = CCI(6, backend="reference"), torch.tensor([1, 0, 3, 2])
+    x = make_map(3, 4).requires_grad_()
+    z, z_pair = module.pooled_pair(x, partner)
+    (dx,) = torch.autograd.grad((z * z_pair).sum(), x, create_graph=True)
+    (second,) = torch.autograd.grad(dx.square().sum(), x)
+    assert second.isfinite().all()
+
+
 def test_tap_means_of_an_empty_batch():
     assert cin_fast.tap_means(torch.zeros(0, 3, 2, 2)).shape == (0, 3, 9)
 
