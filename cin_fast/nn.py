@@ -148,6 +148,7 @@ class CCI(nn.Module):
         if y_BC is None:
             mean_BC1 = x.flatten(2).mean(-1, keepdim=True)
             y_BC = sci(x, mean_BC1, scale=self.scale, backend=self.backend).squeeze(-1)
+        _check_means("y_BC", y_BC, x)
         eta_B = self.eta(y_BC, partner)
         return self.phi(cci(x, partner, eta_B, scale=self.scale, backend=self.backend)) + x
 
@@ -166,6 +167,7 @@ class CCI(nn.Module):
             y_BC = y_BC1.squeeze(-1)
         else:
             v_BC9, y_BC = sci_means.v_BC9, sci_means.y_BC
+            _check_means("sci_means", y_BC, x)
         eta_B = self.eta(y_BC, partner)
         y_BC9 = cci(x, partner, eta_B, v_BC9, scale=self.scale, backend=self.backend)
         return mean_of_conv(self.phi, y_BC9, self.backend) + v_BC9[..., _CENTRE_TAP]
@@ -230,12 +232,22 @@ class ChannelAttention(nn.Module):
 
 
 def _check_phi(phi: nn.Conv2d, channels: int) -> None:
+    if not isinstance(phi, nn.Conv2d):
+        raise ValueError(f"phi: expected a Conv2d, found {type(phi).__name__}")
     # The identity behind mean_of_conv holds for this convolution alone.
     names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation")
     expected = (channels, channels, (3, 3), (1, 1), (1, 1), (1, 1))
     plain = phi.groups == 1 and phi.padding_mode == "zeros"
     if not plain or tuple(getattr(phi, name) for name in names) != expected:
         raise ValueError(f"phi: expected Conv2d({channels}, {channels}, 3, padding=1), found {phi}")
+
+
+def _check_means(name: str, y_BC: Tensor, x: Tensor) -> None:
+    if y_BC.shape != x.shape[:2]:
+        raise ValueError(
+            f"{name}: expected means of {tuple(x.shape[:2])} to go with x, found "
+            f"{tuple(y_BC.shape)}"
+        )
 
 
 def _check_map(x: Tensor, channels: int | None = None) -> None:

@@ -8,6 +8,7 @@ forward leaves for its own backward: no other code reads them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -171,12 +172,18 @@ def _require_definition(backend: str | None) -> None:
         )
 
 
-def as_number(name: str, value: float) -> float:
+def as_number(name: str, value: float | Tensor) -> float:
     """``value`` as a float, or ``ValueError`` that names the argument."""
+    if isinstance(value, Tensor) and value.requires_grad:
+        raise ValueError(f"{name}: expected a number, found a tensor that asks for a gradient")
     try:
-        return float(value)
+        number = float(value)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{name}: expected a number, found {value!r}") from error
+    # A graph's number may be a symbol, which has no value to look at.
+    if not torch.compiler.is_compiling() and not math.isfinite(number):
+        raise ValueError(f"{name}: expected a finite number, found {number}")
+    return number
 
 
 def flat_map(t: Tensor) -> Tensor:
@@ -220,7 +227,9 @@ def check_values(x: Tensor, v: Tensor | None) -> None:
         )
     if v.shape[2] == 0 or v.shape[-1] == 0:
         raise ValueError(f"v: columns may not be empty, found {tuple(v.shape)}")
-    if v.dtype != x.dtype and not dispatch.autocast_enabled(x):
+    # Autocast leaves float64 alone.
+    cast = dispatch.autocast_enabled(x) and torch.float64 not in (x.dtype, v.dtype)
+    if v.dtype != x.dtype and not cast:
         raise ValueError(f"v: expected x's dtype {x.dtype}, found {v.dtype}")
     if v.device != x.device:
         raise ValueError(f"v: expected x's device {x.device}, found {v.device}")
@@ -242,6 +251,8 @@ def check_partner(x: Tensor, partner: Tensor) -> None:
     # There are no values to read while a graph is being traced, nor without data.
     if torch.compiler.is_compiling() or partner.is_meta or isinstance(partner, FakeTensor):
         return
+    if torch._C._functorch.is_batchedtensor(partner):
+        raise ValueError("partner: expected one for all, found a tensor that vmap batches")
     index = torch.arange(len(partner), device=partner.device)
     inside = (partner >= 0) & (partner < len(partner))
     if not bool((inside & (partner[partner.where(inside, index)] == index)).all()):

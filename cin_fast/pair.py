@@ -80,8 +80,8 @@ def pair_columns(
     ops.check_values(x, v)
     _check_psi("psi_weight", psi_weight, x, 2 * x.shape[1])
     _check_psi("psi_bias", psi_bias, x, 1)
-    if not 0 <= mean < v.shape[2]:
-        raise ValueError(f"mean: expected a column of v, 0 to {v.shape[2] - 1}, found {mean}")
+    if not isinstance(mean, int) or not 0 <= mean < v.shape[2]:
+        raise ValueError(f"mean: expected a column of v, 0 to {v.shape[2] - 1}, found {mean!r}")
     x, cast_v = ops.as_autocast(x, v)
     assert cast_v is not None
     scale = ops.as_number("scale", scale)

@@ -123,6 +123,12 @@ def test_bad_arguments_are_named(change, message):
         cin_fast.cci(**{**arguments, **change})
 
 
+def test_a_batch_of_partners_is_named():
+    x, partner, eta = torch.zeros(2, 4, 5), torch.tensor([[1, 0], [0, 1]]), torch.zeros(2)
+    with pytest.raises(ValueError, match="partner: expected one for all"):
+        torch.func.vmap(lambda partner: cin_fast.cci(x, partner, eta))(partner)
+
+
 def test_forward_mode_uses_the_definition():
     x = make_input("diffuse", (2, 4, 3), torch.float64)
     partner, eta = torch.tensor([1, 0]), torch.tensor([0.3, 0.6], dtype=torch.float64)

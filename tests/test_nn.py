@@ -238,7 +238,14 @@ def test_the_number_of_channels_is_checked():
         (lambda x, p: SCI(6)("x"), "x: expected a tensor, found str"),
         (lambda x, p: CCI(6)(x, p + 9), "partner: expected an involution"),
         (lambda x, p: CCI(6).pooled(x, p[:2]), r"partner: expected shape \(4,\)"),
-        (lambda x, p: CCI(6)(x, p, torch.zeros(4, 5)), r"y_BC: expected \(B, 6\), found \(4, 5\)"),
+        (lambda x, p: CCI(6).eta(torch.zeros(4, 5), p), r"y_BC: expected \(B, 6\), found \(4, 5\)"),
+        (lambda x, p: CCI(6)(x, p, torch.zeros(4, 5)), r"y_BC: .*\(4, 6\).*found \(4, 5\)"),
+        (lambda x, p: CCI(6)(x, p, torch.zeros(2, 6)), r"y_BC: .*\(4, 6\).*found \(2, 6\)"),
+        (
+            lambda x, p: CCI(6).pooled(x, p, SCI(6).pooled(x[:2])),
+            r"sci_means: .*\(4, 6\).*found \(2, 6\)",
+        ),
+        (lambda x, p: CCI(6, phi=nn.Linear(6, 6)), "phi: expected a Conv2d, found Linear"),
         # The pooled form of another convolution would be silently wrong.
         (
             lambda x, p: CCI(6, phi=nn.Conv2d(6, 6, 3)),

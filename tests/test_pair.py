@@ -55,6 +55,7 @@ def test_gradients_in_float64() -> None:
         ({"psi_bias": torch.zeros(1, device="meta")}, "psi_bias: expected x's device"),
         ({"mean": 3}, "mean: expected a column of v, 0 to 2, found 3"),
         ({"mean": -1}, "mean: expected a column of v"),
+        ({"mean": 1.0}, "mean: expected a column of v, 0 to 2, found 1.0"),
         ({"scale": "x"}, "scale: expected a number"),
         ({"backend": "tpu"}, "backend: expected one of"),
     ],

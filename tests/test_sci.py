@@ -240,6 +240,34 @@ def test_without_data_there_are_shapes():
     assert x.grad.shape == x.shape
 
 
-def test_a_scale_that_is_no_number_is_named():
-    with pytest.raises(ValueError, match="scale: expected a number, found 'negative'"):
-        cin_fast.sci(torch.zeros(1, 2, 3), scale="negative")
+@pytest.mark.parametrize(
+    ("scale", "found"),
+    [
+        ("negative", "a number, found 'negative'"),
+        (float("nan"), "a finite number, found nan"),
+        # Its gradient would be dropped in silence.
+        (torch.ones((), requires_grad=True), "a number, found a tensor that asks for a gradient"),
+    ],
+)
+def test_a_scale_that_is_no_number_is_named(scale, found):
+    with pytest.raises(ValueError, match=f"scale: expected {found}"):
+        cin_fast.sci(torch.zeros(1, 2, 3), scale=scale)
+
+
+def test_a_compiled_scale_may_change():
+    compiled = torch.compile(
+        lambda x, scale: cin_fast.sci(x, scale=scale), backend="aot_eager", fullgraph=True
+    )
+    x = make_input("diffuse", (1, 4, 3))
+    for scale in (-1.0, -0.5, 2.25):
+        torch.testing.assert_close(compiled(x, scale), cin_fast.sci(x, scale=scale))
+
+
+@pytest.mark.parametrize("wide", [0, 1])
+def test_autocast_does_not_mix_float64(wide):
+    x, v = (torch.zeros(1, 2, 3, dtype=(torch.float32, torch.float64)[n == wide]) for n in (0, 1))
+    with (
+        torch.autocast("cpu", dtype=torch.bfloat16),
+        pytest.raises(ValueError, match="v: expected x's dtype"),
+    ):
+        cin_fast.sci(x, v)
