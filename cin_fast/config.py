@@ -23,6 +23,8 @@ INDIFFERENT = frozenset(
     }
 )  # fmt: skip
 SETTINGS = "settings.json"
+# What to do with an earlier run in the output folder: said anew each time.
+_NOT_RECORDED = ("resume", "overwrite")
 # Samplers multiply a seed by epochs and processes, and a generator takes 64 bits.
 _LARGEST_SEED = 10**8
 _AMP = ("auto", "bf16", "fp16", "none")
@@ -142,8 +144,9 @@ class TrainConfig:
         return "\n".join(lines)
 
     def to_json(self) -> str:
-        """What :func:`from_mapping` reads back."""
-        return json.dumps(dataclasses.asdict(self), indent=2)
+        """Every setting, as ``--config`` reads it; resume and overwrite are left out."""
+        settings = dataclasses.asdict(self)
+        return json.dumps({k: v for k, v in settings.items() if k not in _NOT_RECORDED}, indent=2)
 
     def _require(self, name: str, holds: bool, expected: str) -> None:
         if not holds:

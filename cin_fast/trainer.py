@@ -278,6 +278,10 @@ class Trainer:
                 raise CheckpointError(
                     f"--resume: {path} was trained with {name} = {value}, not {ours.get(name)}"
                 )
+        if resumed.epoch > self.config.epochs:
+            raise CheckpointError(
+                f"--epochs: {path} has {resumed.epoch} already, more than {self.config.epochs}"
+            )
         if resumed.classes != self.classes:
             raise CheckpointError(
                 f"--resume: {path} knows {resumed.num_classes} classes, the dataset has "

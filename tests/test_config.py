@@ -41,6 +41,13 @@ def test_json_reads_back():
     assert config.from_mapping(json.loads(c.to_json())) == c
 
 
+def test_what_was_done_with_an_earlier_run_is_not_recorded(tmp_path):
+    """With --config, it would replace another run unasked."""
+    (tmp_path / "settings.json").write_text(TrainConfig(overwrite=True, resume=True).to_json())
+    again = config.parse(["--config", str(tmp_path / "settings.json")])
+    assert (again.overwrite, again.resume) == (False, False)
+
+
 def test_every_setting_is_printed():
     text = TrainConfig().describe()
     assert all(name in text for name in TrainConfig.__dataclass_fields__)

@@ -185,6 +185,11 @@ def test_resume_refuses_other_settings_and_broken_files(images, tmp_path, capsys
     assert main(argv) == 0
     other = arguments(images, tmp_path, epochs=2, lr=0.5)
     assert "lr = 0.001, not 0.5" in refusal(capsys, [*other, "--resume"])
+    assert main(["--output", str(tmp_path), "--resume", "--epochs", "2"]) == 0
+    capsys.readouterr()
+    settings = (tmp_path / "settings.json").read_text()
+    assert "has 2 already, more than 1" in refusal(capsys, [*argv, "--resume"])
+    assert (tmp_path / "settings.json").read_text() == settings
     path = tmp_path / "last.pt"
     whole = path.read_bytes()
     for kept in (len(whole) - 1000, 20_000):
