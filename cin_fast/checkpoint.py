@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from cin_fast.files import WriteError, replacing, write_text
 
 FORMAT = 1
 
@@ -49,25 +50,15 @@ def save(path: Path, checkpoint: Checkpoint) -> str:
     Raises:
         CheckpointError: if the disk refuses; what stood at ``path`` before is untouched.
     """
-    beside = path.with_name(path.name + ".tmp")
     content = {name: getattr(checkpoint, name) for name in checkpoint.__dataclass_fields__}
     content |= {"format": FORMAT, "classes": list(checkpoint.classes)}
     try:
-        with open(beside, "wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        digest = file_hash(beside)
-        write_text(_hash_file(beside), f"{digest}  {path.name}\n")
-        os.replace(_hash_file(beside), _hash_file(path))
-        os.replace(beside, path)
-    except (OSError, RuntimeError) as error:
-        # torch reports a full disk as a RuntimeError of its archive writer.
-        beside.unlink(missing_ok=True)
-        kept = "the one before it is intact" if path.exists() else "there is none before it"
-        raise CheckpointError(
-            f"{path} could not be written ({_first_line(error)}); {kept}"
-        ) from error
+        with replacing(path) as beside:
+            torch.save(content, beside)
+            digest = file_hash(beside)
+            write_text(_hash_file(path), f"{digest}  {path.name}\n")
+    except WriteError as error:
+        raise CheckpointError(str(error)) from error
     return digest
 
 
@@ -129,16 +120,6 @@ def file_hash(path: Path) -> str:
     return digest.hexdigest()
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a text file so that a reader sees the old or the new one, never a part."""
-    beside = path.with_name(path.name + ".new")
-    with open(beside, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
-
-
 def _hash_file(path: Path) -> Path:
     return path.with_name(path.name + ".sha256")
 
@@ -153,7 +134,3 @@ def _hash_verdict(path: Path) -> str:
         if same
         else "its hash differs from the one beside it"
     )
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

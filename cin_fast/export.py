@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import io
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -20,6 +21,7 @@ from torch.export import Dim, ExportedProgram
 
 from cin_fast import command, reference, thin
 from cin_fast.dispatch import BACKENDS
+from cin_fast.files import replacing
 from cin_fast.ops import TAP_BACKENDS
 from cin_fast.trained import Trained, load_trained
 
@@ -44,6 +46,7 @@ def export_onnx(trained: Trained, path: Path) -> None:
 
     Raises:
         ImportError: naming the packages that are missing.
+        WriteError: if the disk refuses.
     """
     missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
@@ -61,7 +64,8 @@ def export_onnx(trained: Trained, path: Path) -> None:
     model = program.model_proto
     for key, value in _metadata(trained).items():
         model.metadata_props.append(onnx.StringStringEntryProto(key=key, value=value))
-    onnx.save(model, path)
+    with replacing(path) as beside:
+        onnx.save(model, beside)
 
 
 def check_onnx(trained: Trained, path: Path, images: Tensor) -> float:
@@ -122,7 +126,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _write(trained: Trained, path: Path) -> str:
     if path.suffix == ".pt2":
         extra = {"metadata.json": json.dumps(_metadata(trained))}
-        torch.export.save(export_program(trained), path, extra_files=extra)
+        # By way of memory: where the disk refuses, torch's writer ends the process.
+        archive = io.BytesIO()
+        torch.export.save(export_program(trained), archive, extra_files=extra)
+        with replacing(path) as beside:
+            beside.write_bytes(archive.getbuffer())
         return f"{path}: torch.export, images (B, 3, S, S) to logits"
     export_onnx(trained, path)
     size = trained.config.image_size

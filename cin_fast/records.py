@@ -16,9 +16,9 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from cin_fast.checkpoint import write_text
 from cin_fast.command import writable_folder
 from cin_fast.config import SETTINGS, TrainConfig
+from cin_fast.files import write_text
 from cin_fast.info import device_name, git_commit, versions
 
 METRICS = "metrics.json"
@@ -64,6 +64,16 @@ class RunFolder:
             # Some network file systems know no locks.
             if error.errno in (errno.EACCES, errno.EAGAIN):
                 raise ValueError(f"--output: another process trains in {self.path}") from error
+
+    def check_space(self, checkpoint_bytes: int) -> None:
+        """Refuse, with ``ValueError``, a disk too small for the last checkpoint and the next."""
+        needed = checkpoint_bytes if self.checkpoint.exists() else 2 * checkpoint_bytes
+        free = shutil.disk_usage(self.path).free
+        if free < needed:
+            raise ValueError(
+                f"--output: {self.path} has {free / 1e6:,.0f} MB free, checkpoints need "
+                f"{needed / 1e6:,.0f}"
+            )
 
     def clear(self) -> None:
         """Remove what an earlier run left."""

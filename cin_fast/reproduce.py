@@ -17,9 +17,9 @@ import torch
 
 from cin_fast import command, cost
 from cin_fast import config as configs
-from cin_fast.checkpoint import write_text
 from cin_fast.config import INDIFFERENT, SETTINGS, TrainConfig, read_settings
 from cin_fast.distributed import World, join, pick_device
+from cin_fast.files import write_text
 from cin_fast.info import device_name, git_commit
 from cin_fast.models import build_model
 from cin_fast.records import METRICS

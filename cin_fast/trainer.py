@@ -91,6 +91,8 @@ class Trainer:
         self.history = {"best_test_top1": 0.0, "seconds": 0.0}
         if resumed is not None:
             self._restore(resumed)
+        if world.main and self.epoch < config.epochs:
+            self.folder.check_space(self._checkpoint_bytes())
         self.parallel = self._parallel()
 
     def run(self) -> dict[str, Any]:
@@ -205,6 +207,12 @@ class Trainer:
                 history=self.history,
             ),
         )
+
+    def _checkpoint_bytes(self) -> int:
+        """What last.pt takes, about: weights, and SGD's momentum of each."""
+        parameters = sum(p.nbytes for p in self.model.parameters())
+        buffers = sum(b.nbytes for b in self.model.buffers())
+        return parameters * (2 if self.config.momentum else 1) + buffers
 
     def describe(self) -> str:
         """Settings, data, batch structure and model, as printed at the start."""

@@ -16,6 +16,7 @@ from torch import Tensor
 from cin_fast import command
 from cin_fast.data.base import read_image
 from cin_fast.distributed import World, pick_device
+from cin_fast.files import replacing
 from cin_fast.models import SCINet
 from cin_fast.models.cin import CIN
 from cin_fast.ops import sci, sci_weights
@@ -152,7 +153,8 @@ def _save(
             )  # fmt: skip
     for axis, title in zip(grid[0], titles, strict=True):
         axis.set_title(title, fontsize=9)
-    figure.savefig(output, dpi=130)
+    with replacing(output) as beside:
+        figure.savefig(beside, dpi=130)
     return output
 
 

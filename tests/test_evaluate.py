@@ -1,8 +1,10 @@
 """Scores, the report behind cin-fast-eval, and cin-fast-predict."""
 
 import contextlib
+import errno
 import json
 import math
+import os
 import shutil
 
 import pytest
@@ -70,6 +72,19 @@ def test_eval_agrees_with_training(run, tmp_path, capsys):
     assert sum(int(cell) for row in rows[1:] for cell in row.split(",")[1:]) == 12
     assert main(argv) == 0
     assert "most confused:" in capsys.readouterr().out
+
+
+def test_a_full_disk_does_not_cost_the_result(run, tmp_path, capsys, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    capsys.readouterr()
+    argv = [str(run), "--workers", "0", "--device", "cpu", "--output", str(tmp_path)]
+    assert main(argv) == 2
+    found = capsys.readouterr()
+    assert "top-1" in found.out
+    assert "confusion.csv could not be written (No space left on device)" in found.err
 
 
 def test_predict_names_classes(run, images, capsys):

@@ -1,6 +1,8 @@
 """The exported model: plain operators alone, any batch, and PyTorch's logits on real pictures."""
 
+import errno
 import json
+import os
 
 import pytest
 import torch
@@ -70,14 +72,23 @@ def test_onnxruntime_on_real_photographs(run, tmp_path, grocery_root):
     assert check_onnx(trained, path, photographs) < 1e-4
 
 
+def full_disk(*_):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
 @pytest.mark.slow
-def test_the_command(run, tmp_path, capsys):
+def test_the_command(run, tmp_path, capsys, monkeypatch):
     assert main([str(run), "--output", str(tmp_path / "new" / "model.pt2")]) == 0
     extra = {"metadata.json": ""}
     program = torch.export.load(tmp_path / "new" / "model.pt2", extra_files=extra)
     assert json.loads(extra["metadata.json"])["method"] == "cin"
     assert program.module()(torch.zeros(3, 3, 64, 64)).shape == (3, 3)
-    capsys.readouterr()
+    whole = (tmp_path / "new" / "model.pt2").read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full_disk)
+        assert main([str(run), "--output", str(tmp_path / "new" / "model.pt2")]) == 2
+    assert "the one before it is intact" in capsys.readouterr().err
+    assert (tmp_path / "new" / "model.pt2").read_bytes() == whole
     assert main([str(run), "--output", "model.bin"]) == 2
     assert "--output: expected .onnx or .pt2, found 'model.bin'" in capsys.readouterr().err
     assert main([str(tmp_path / "nowhere"), "--output", "model.onnx"]) == 2

@@ -3,6 +3,8 @@
 import json
 import multiprocessing
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -225,6 +227,22 @@ def test_a_full_disk_leaves_the_last_checkpoint(images, tmp_path, capsys, monkey
     assert "No space left on device" in error
     assert "the one before it is intact" in error
     assert checkpoints.file_hash(tmp_path / "last.pt") == before
+
+
+def test_a_disk_too_small_is_refused_before_training(images, tmp_path, capsys, monkeypatch):
+    assert main(arguments(images, tmp_path, epochs=1)) == 0
+    capsys.readouterr()
+    taken = (tmp_path / "last.pt").stat().st_size
+    usage = shutil.disk_usage(tmp_path)
+    # Settings, the random state and names of tensors come on top, some kilobytes.
+    for free, enough in ((taken, True), (taken - 200_000, False)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: usage._replace(free=free))
+        argv = ["--output", str(tmp_path), "--resume", "--epochs", "2"]
+        if enough:
+            Trainer(configs.parse(argv), World(0, 1, 0))
+        else:
+            assert re.search(r"has \d+ MB free, checkpoints need \d+", refusal(capsys, argv))
+    assert "MB free" in refusal(capsys, arguments(images, tmp_path / "new", epochs=1))
 
 
 def test_a_bad_image_is_named_or_skipped(images, tmp_path, capsys):
