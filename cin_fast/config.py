@@ -174,8 +174,8 @@ def from_mapping(values: Mapping[str, Any], source: str = "settings") -> TrainCo
     return TrainConfig(**checked)
 
 
-def parse(argv: Sequence[str] | None = None) -> TrainConfig:
-    """The config of a command line.
+def parse(argv: Sequence[str] | None = None, command: str = "cin-fast-train") -> TrainConfig:
+    """The config of a command line of ``command``.
 
     ``--config FILE`` gives defaults that options override; ``--output DIR --resume`` without it
     takes the settings that DIR was trained with.
@@ -183,7 +183,7 @@ def parse(argv: Sequence[str] | None = None) -> TrainConfig:
     Raises:
         ValueError: naming the setting, the file and what was found.
     """
-    options = vars(_parser().parse_args(argv))
+    options = vars(_parser(command).parse_args(argv))
     path = options.pop("config") or _settings_of_the_run(options)
     return (
         from_mapping({**read_settings(Path(path)), **options}, path)
@@ -250,9 +250,9 @@ def _as_float(source: str, key: str, value: int | str) -> float:
         raise ValueError(f"{source}: {key} expected a number, found {value!r}") from error
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(command: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="cin-fast-train",
+        prog=command,
         description="Train a fine-grained classifier; the defaults are the paper's recipe.",
         epilog="example: cin-fast-train --dataset cub --data-root CUB_200_2011 --method cin",
         argument_default=argparse.SUPPRESS,

@@ -146,6 +146,7 @@ def run(plan: Plan, world: World) -> tuple[list[Line], list[str]]:
     # Decided before anything is trained, so that all processes of a launcher agree.
     open_runs = [(row, config) for row, config in runs if finished(config) is None]
     if world.main:
+        write_text(plan.output / "table1.json", plan.base.to_json() + "\n")
         print(f"{len(runs)} runs, {len(runs) - len(open_runs)} of them finished", flush=True)
     failed: list[str] = []
     for number, (row, config) in enumerate(open_runs, 1):
@@ -318,12 +319,14 @@ def parse(argv: Sequence[str] | None = None) -> Plan:
     for name in _SET_HERE:
         if any(word.partition("=")[0] in (f"--{name}", f"--no-{name}") for word in rest):
             raise ValueError(f"--{name}: cin-fast-reproduce sets it for each run itself")
-    base = configs.parse(rest)
+    base = configs.parse(rest, "cin-fast-reproduce")
     for row in options.rows or ():
         if row not in ROWS:
             raise ValueError(f"--rows: expected some of {', '.join(ROWS)}, found {row!r}")
-    if len(set(options.seeds)) < len(options.seeds):
-        raise ValueError(f"--seeds: expected each once, found {options.seeds}")
+    for name in ("rows", "seeds"):
+        given = getattr(options, name) or ()
+        if len(set(given)) < len(given):
+            raise ValueError(f"--{name}: expected each once, found {' '.join(map(str, given))}")
     everything = base.backbone == _PAPER_BACKBONE
     default = [row for row, what in ROWS.items() if everything or what.backbone is None]
     return Plan(base, tuple(options.rows or default), tuple(options.seeds), options.output)
@@ -359,7 +362,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         with join(plan.base.device) as world:
             if world.main:
                 command.writable_folder(plan.output)
-                write_text(plan.output / "table1.json", plan.base.to_json() + "\n")
             table, failed = run(plan, world)
         if world.main:
             print("\n" + markdown(plan, table, failed))

@@ -11,6 +11,7 @@ import torch
 from small_run import SMALL, torchrun
 
 from cin_fast import cost, reproduce
+from cin_fast.config import TrainConfig
 from cin_fast.models import METHODS, build_model
 from cin_fast.reproduce import ROWS, Cost, Line, comma_separated, main, markdown, parse
 from cin_fast.trainer import Trainer, TrainingError
@@ -99,7 +100,8 @@ def test_two_processes_share_each_run(images, tmp_path):
         (["--rows", "cinn"], "--rows: expected some of vgg19, .*found 'cinn'"),
         (["--seed", "3"], "--seed: cin-fast-reproduce sets it for each run itself"),
         (["--method=cin"], "--method: cin-fast-reproduce sets it"),
-        (["--seeds", "1", "1"], "--seeds: expected each once"),
+        (["--seeds", "1", "1"], "--seeds: expected each once, found 1 1"),
+        (["--rows", "cin", "cin"], "--rows: expected each once, found cin cin"),
         (["--lr", "-1"], "--lr: expected above 0"),
         (["--data-root", "nowhere", "--dataset", "cub"], "nowhere"),
     ],
@@ -109,6 +111,22 @@ def test_what_it_refuses(images, tmp_path, capsys, more, message):
     error = capsys.readouterr().err
     assert re.search(message, error), error
     assert error.count("\n") == 1
+
+
+def test_an_unknown_option_is_this_commands(capsys):
+    with pytest.raises(SystemExit):
+        main(["table1", "--sed", "0"])
+    assert "cin-fast-reproduce: error: unrecognized arguments: --sed" in capsys.readouterr().err
+
+
+def test_other_settings_leave_those_of_the_table(images, tmp_path, capsys):
+    folder = tmp_path / "plain-s0"
+    folder.mkdir()
+    (folder / "settings.json").write_text(TrainConfig(lr=0.5).to_json())
+    (tmp_path / "table1.json").write_text("as it was")
+    assert main(arguments(images, tmp_path, "--rows", "plain", "--seeds", "0")) == 2
+    assert "was run with" in capsys.readouterr().err
+    assert (tmp_path / "table1.json").read_text() == "as it was"
 
 
 def table_of(tmp_path, plain_ms, cin_ms):
