@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from PIL import Image
 
@@ -60,6 +62,11 @@ def test_a_folder_in_use_is_left_alone(tmp_path, capsys):
     assert synthesize(tmp_path) == 2
     assert f"{tmp_path} is in use" in capsys.readouterr().err
     assert (tmp_path / "mine.txt").read_text() == "mine"
+
+
+def test_a_place_that_cannot_be_written_is_the_one_named(capsys):
+    assert synthesize(Path("/proc/birds")) == 2
+    assert "--output: /proc cannot be written" in capsys.readouterr().err
 
 
 def test_help_names_every_command(capsys):

@@ -49,6 +49,7 @@ def test_a_class_without_test_images_is_named(birds, capsys):
     split.write_text("".join(f"{i} {'1' if labels[i] == '2' else s}\n" for i, s in lines))
     code, out = verify("cub", birds, capsys)
     assert code == 1
+    assert "1 problem:" in out
     assert "has no test image" in out
 
 

@@ -139,7 +139,7 @@ def _verify(arguments: argparse.Namespace) -> int:
         print("all good")
         return 0
     more = len(report.problems) - _PROBLEMS_SHOWN
-    print(f"{len(report.problems)} problems:")
+    print(f"{len(report.problems)} problem{'s' * (len(report.problems) > 1)}:")
     print("\n".join(f"  {problem}" for problem in report.problems[:_PROBLEMS_SHOWN]))
     if more > 0:
         print(f"  and {more} more")
@@ -176,6 +176,7 @@ def _add_synthesize(commands: _Commands) -> None:
 
 
 def _synthesize(arguments: argparse.Namespace) -> int:
+    command.writable_folder(arguments.output.parent)
     count = synthesize(
         arguments.output,
         layout=arguments.layout,
