@@ -31,12 +31,13 @@ class Trained:
         return image_transform(self.config.image_size, train=False)
 
 
-def load_trained(path: Path, device: torch.device | str = "cpu") -> Trained:
+def load_trained(path: str | Path, device: torch.device | str = "cpu") -> Trained:
     """The model of a checkpoint, or of a run folder's last.pt.
 
     Raises:
         CheckpointError: if it cannot be read or does not fit.
     """
+    path = Path(path)
     file = path / "last.pt" if path.is_dir() else path
     state = checkpoints.load(file)
     config = from_mapping(state.settings, str(file))

@@ -351,6 +351,12 @@ def test_16_bit_grey_is_scaled_not_clipped(tmp_path):
     assert [image.getpixel((x, 0)) for x in range(3)] == [(v, v, v) for v in (0, 100, 255)]
 
 
+def test_a_root_may_be_a_string_and_crops_have_a_size(folder):
+    assert len(build_dataset("folder", str(folder), train=True))
+    with pytest.raises(ValueError, match="image_size: expected at least 1, found 0"):
+        build_dataset("folder", folder, train=True, image_size=0)
+
+
 def test_a_single_class_is_no_dataset(folder):
     for split in ("train", "test"):
         for name in sorted(path.name for path in (folder / split).iterdir())[1:]:

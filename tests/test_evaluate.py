@@ -15,6 +15,7 @@ from torch import nn
 from cin_fast.evaluate import Scores, main, report, score
 from cin_fast.predict import main as predict_main
 from cin_fast.train import main as train_main
+from cin_fast.trained import load_trained
 
 
 class Fixed(nn.Module):
@@ -72,6 +73,10 @@ def test_eval_agrees_with_training(run, tmp_path, capsys):
     assert sum(int(cell) for row in rows[1:] for cell in row.split(",")[1:]) == 12
     assert main(argv) == 0
     assert "most confused:" in capsys.readouterr().out
+
+
+def test_a_run_may_be_named_by_a_string(run):
+    assert load_trained(str(run)).classes == ("blue", "green", "red")
 
 
 def test_a_full_disk_does_not_cost_the_result(run, tmp_path, capsys, monkeypatch):

@@ -180,6 +180,11 @@ def test_unknown_names_are_refused():
         CIN(0, "resnet18")
 
 
+def test_embeddings_have_a_dimension():
+    with pytest.raises(ValueError, match="embedding_dim: expected at least 1, found 0"):
+        CIN(3, "resnet18", embedding_dim=0)
+
+
 def test_a_local_weight_file_is_taken(tmp_path):
     path = tmp_path / "weights.pt"
     donor = build_backbone("resnet18")

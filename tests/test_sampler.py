@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -73,6 +74,12 @@ def test_a_class_repeats_images_only_where_it_has_to():
             size = UNEVEN.count(label)
             assert len(repeats) == min(5, size)
             assert max(repeats.values()) == max(1, -(-5 // size))
+
+
+def test_labels_may_be_a_tensor():
+    labels = [n % 4 for n in range(20)]
+    given = ClassBalancedPairSampler(torch.tensor(labels), 2, 5)
+    assert list(given) == list(ClassBalancedPairSampler(labels, 2, 5))
 
 
 def test_what_fills_up_a_batch_is_drawn_from_all_classes():

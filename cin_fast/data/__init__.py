@@ -26,7 +26,7 @@ def dataset_names() -> tuple[str, ...]:
 
 def build_dataset(
     name: str,
-    root: Path | None,
+    root: str | Path | None,
     *,
     train: bool,
     image_size: int = 448,
@@ -47,14 +47,16 @@ def build_dataset(
 
     Raises:
         DataError: naming the file and the fix.
-        ValueError: for an unknown name.
+        ValueError: for an unknown name, or an ``image_size`` below 1.
     """
+    if image_size < 1:
+        raise ValueError(f"image_size: expected at least 1, found {image_size}")
     transform = image_transform(image_size, train=train)
     if name == "synthetic":
         return SyntheticBirds(transform, train=train, size=resized_side(image_size), seed=seed)
     if name not in SOURCES:
         raise ValueError(f"dataset: expected one of {', '.join(dataset_names())}, found {name!r}")
-    folder = find(name, root)
+    folder = find(name, None if root is None else Path(root))
     entries, classes = SOURCES[name].read(folder, train=train)
     dataset = ImageDataset(entries, classes, transform, skip_bad_images=skip_bad_images)
     _check_classes(dataset, folder, train)

@@ -55,7 +55,8 @@ class ClassBalancedPairSampler(Sampler[list[int]]):
             )
         if not 0 <= rank < world_size:
             raise ValueError(f"rank: expected 0 to {world_size - 1}, found {rank}")
-        self.labels = tuple(labels)
+        # A tensor would give tensors, each of which is a class of its own to a dict.
+        self.labels = tuple(int(label) for label in labels)
         self.by_class: dict[int, list[int]] = {}
         for index, label in enumerate(self.labels):
             self.by_class.setdefault(label, []).append(index)

@@ -48,8 +48,11 @@ class SCICont(SCINet):
     """ResNet + SCI + Cont: the contrastive loss on h(mean Z), which is Eq. 5 with eta = gamma = 0.
 
     Args:
-        embedding_dim: r of Eq. 8.
+        embedding_dim: r of Eq. 8, at least 1.
         num_classes, backbone, pretrained, pooled, scale, backend: as for :class:`SCINet`.
+
+    Raises:
+        ValueError: as there, and for ``embedding_dim`` below 1.
     """
 
     uses_pairs: ClassVar[bool] = True
@@ -68,6 +71,8 @@ class SCICont(SCINet):
         super().__init__(
             num_classes, backbone, pretrained, pooled=pooled, scale=scale, backend=backend
         )
+        if embedding_dim < 1:
+            raise ValueError(f"embedding_dim: expected at least 1, found {embedding_dim}")
         self.h = nn.Linear(self.backbone.channels, embedding_dim)
         # Distances start well inside the margin: torch's own initialisation starts them far
         # beyond it, and the features collapse before the classifier can use them.
