@@ -54,20 +54,20 @@ def choose(x: Tensor) -> str:
     """
     forced = _environment_backend()
     if forced:
-        return require(x, forced)
+        return require(x, forced, "CIN_FAST_BACKEND")
     for backend in PREFERENCE.get(x.device.type, ("reference",)):
         if not why_not(x, backend):
             return backend
     return "reference"
 
 
-def require(x: Tensor, backend: str) -> str:
-    """``backend``, if it can run on ``x``; otherwise ``ValueError`` with the reason."""
+def require(x: Tensor, backend: str, source: str = "backend") -> str:
+    """``backend``, if it can run on ``x``; if not, a ``ValueError`` of ``source`` and the reason."""
     if backend not in BACKENDS:
-        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, found {backend!r}")
+        raise ValueError(f"{source}: expected one of {', '.join(BACKENDS)}, found {backend!r}")
     reason = why_not(x, backend)
     if reason:
-        raise ValueError(f"backend: {backend!r} cannot run here: {reason}")
+        raise ValueError(f"{source}: {backend!r} cannot run here: {reason}")
     return backend
 
 
