@@ -62,7 +62,7 @@ def choose(x: Tensor) -> str:
 
 
 def require(x: Tensor, backend: str, source: str = "backend") -> str:
-    """``backend``, if it can run on ``x``; if not, a ``ValueError`` of ``source`` and the reason."""
+    """``backend``, if it can run on ``x``; if not, a ``ValueError`` that names ``source``."""
     if backend not in BACKENDS:
         raise ValueError(f"{source}: expected one of {', '.join(BACKENDS)}, found {backend!r}")
     reason = why_not(x, backend)
