@@ -56,7 +56,7 @@ def save(path: Path, checkpoint: Checkpoint) -> str:
         with replacing(path) as beside:
             torch.save(content, beside)
             digest = file_hash(beside)
-            write_text(_hash_file(path), f"{digest}  {path.name}\n")
+        write_text(_hash_file(path), f"{digest}  {path.name}\n")
     except WriteError as error:
         raise CheckpointError(str(error)) from error
     return digest
