@@ -11,9 +11,7 @@ from pathlib import Path
 from typing import Any
 
 OURS = ("triton", "cuda")
-# `cuda` with CIN_FAST_CUDA_LOADS=pieces.
-PIECES = "cuda-pieces"
-_NO_RIVAL = (*OURS, PIECES, "cpu", "reference")
+_NO_RIVAL = (*OURS, "cpu", "reference")
 # Left out of a run that is short of time.
 _SLOW_TO_COMPILE = ("compiled", "flex")
 _TITLES = {

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,7 +23,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from cases import DEVICE, Case, main_case
 from gpu import describe_device, no_gpu
-from gpu_report import PIECES
 from machine import results_folder
 from measure import interleaved, measure_ceilings
 from operators import Problem, run
@@ -60,19 +58,10 @@ def subjects(case: Case) -> Iterator[Subject]:
     others = {r.name: r.call for r in sci_rivals() if not r.compiles and r.name not in OURS}
     sci = {name: partial(cin_fast.sci, backend=name) for name in BACKENDS}
     cci = {name: partial(_cci, backend=name) for name in BACKENDS}
-    dense = {**others, **sci, PIECES: _sci_in_pieces}
-    yield Subject("sci", case.positions, dense, Problem(eager_sci, (x,), dy=dy))
+    yield Subject("sci", case.positions, {**others, **sci}, Problem(eager_sci, (x,), dy=dy))
     yield Subject("sci", THIN, sci, Problem(eager_sci, (x, v), dy=dv))
     yield Subject("cci", case.positions, cci, Problem(eager_cci, (x,), (eta,), partner, dy))
     yield Subject("cci", THIN, cci, Problem(eager_cci, (x, v), (eta,), partner, dv))
-
-
-def _sci_in_pieces(x: Tensor) -> Tensor:
-    os.environ["CIN_FAST_CUDA_LOADS"] = "pieces"
-    try:
-        return cin_fast.sci(x, backend="cuda")
-    finally:
-        del os.environ["CIN_FAST_CUDA_LOADS"]
 
 
 def _cci(x: Tensor, *more: Tensor, backend: str) -> Tensor:

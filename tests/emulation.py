@@ -34,7 +34,7 @@ class EmulationError(RuntimeError):
     """What the emulation found wrong, with the file and line of the kernel's code."""
 
 
-_CHIP = ("float32_products", "shared_limit", "capability", "multiprocessors", "reads_pieces")
+_CHIP = ("float32_products", "shared_limit", "capability", "multiprocessors")
 
 
 class _Call(ctypes.Structure):
@@ -117,8 +117,6 @@ class Emulator:
         self.float32_products = "highest"
         # So few that no wave of blocks leaves half of them idle.
         self.multiprocessors = 1
-        # As CIN_FAST_CUDA_LOADS=pieces.
-        self.reads_pieces = False
         self.choose(AMPERE)
         # Of the last call: cycles lost to bank conflicts, and the kernels that ran. Of all calls:
         # which kernels ran with how many bytes of shared memory a block.
@@ -220,7 +218,6 @@ class _Arguments:
             emulator.shared_limit,
             emulator.capability,
             emulator.multiprocessors,
-            emulator.reads_pieces,
         )
         self._library.emulation_reset(emulator.order, emulator.shared_limit)
         self._storage: list[Tensor] = []

@@ -54,27 +54,15 @@ __global__ void ldmatrix(const uint16_t* from, uint32_t* to) {
   for (int m = 0; m < 4; ++m) to[lane() * 4 + m] = matrices[m];
 }
 
-// Four numbers, in pieces of that many bytes.
-template <int kBytes>
-__device__ void start_copy(float* to, const float* from, bool valid) {
-  if constexpr (kBytes == 16) {
-    ptx::cp_async_16(to, from, valid);
-  } else {
-    ptx::cp_async_8(to, from, valid);
-    ptx::cp_async_8(to + 2, from + 2, valid);
-  }
-}
-
 // Two groups of copies; odd lanes of the second copy zeros.
-template <int kBytes>
 __global__ void cp_async(const float* from, float* to) {
   SharedMemory shared;
   float* first = shared.take<float>(128);
   float* second = shared.take<float>(128);
   const int i = lane() * 4;
-  start_copy<kBytes>(first + i, from + i, true);
+  ptx::cp_async_16(first + i, from + i, true);
   ptx::cp_async_commit();
-  start_copy<kBytes>(second + i, from + 128 + i, lane() % 2 == 0);
+  ptx::cp_async_16(second + i, from + 128 + i, lane() % 2 == 0);
   ptx::cp_async_commit();
   ptx::cp_async_wait<1>();
   for (int e = 0; e < 4; ++e) to[i + e] = first[i + e];
@@ -338,11 +326,8 @@ extern "C" int probe_ldmatrix(const uint16_t* from, uint32_t* to) {
 extern "C" int probe_ldmatrix_trans(const uint16_t* from, uint32_t* to) {
   return run("ldmatrix", 32, ldmatrix<true>, from, to);
 }
-extern "C" int probe_cp_async_16(const float* from, float* to) {
-  return run("cp_async", 32, cp_async<16>, from, to);
-}
-extern "C" int probe_cp_async_8(const float* from, float* to) {
-  return run("cp_async", 32, cp_async<8>, from, to);
+extern "C" int probe_cp_async(const float* from, float* to) {
+  return run("cp_async", 32, cp_async, from, to);
 }
 extern "C" int probe_named_barrier(const float* from, float* to) {
   return run("named_barrier", 96, named_barrier, from, to);

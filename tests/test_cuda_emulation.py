@@ -112,33 +112,6 @@ def test_sci_on_hopper_by_halves(
         check_sci("cuda", x, v, dy)
 
 
-@pytest.mark.parametrize("multiprocessors", [1, 132])
-@pytest.mark.parametrize(
-    ("shape", "kernels"),
-    [
-        ((2, 440, 60), ["sci_wgmma_forward"]),
-        ((1, 330, 196), ["sci_wgmma_forward"]),
-        ((1, 70, 204), ["sci_wgmma_forward"]),
-        # Rows that start on 16 bytes, or on 2.
-        ((1, 70, 200), ["sci_wgmma_forward"]),
-        ((1, 70, 49), ["repack", "sci_wgmma_forward"]),
-    ],
-)
-def test_sci_on_hopper_reads_pieces(
-    emulator: Emulator, shape: tuple[int, int, int], kernels: list[str], multiprocessors: int
-) -> None:
-    """Nothing is repacked; the order of sums is the same, so are the bits."""
-    emulator.choose(HOPPER)
-    emulator.multiprocessors = multiprocessors
-    x, _, dy = inputs("diffuse", shape, None, torch.bfloat16)
-    expected = ops.sci(x, backend="cuda")
-    emulator.reads_pieces = True
-    y = ops.sci(x, backend="cuda")
-    assert emulator.launched == kernels
-    assert torch.equal(y, expected)
-    check_sci("cuda", x, None, dy)
-
-
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES)
 def test_sci_in_chunks(emulator: Emulator, dtype: torch.dtype) -> None:
     """More positions than a panel, more columns than a block accumulates."""

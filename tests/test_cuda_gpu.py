@@ -74,18 +74,6 @@ def test_rule_without_wgmma(
     check_cci("cuda", x, *make_pairs(2, device), v, dy)
 
 
-@pytest.mark.parametrize("positions", [60, 196])
-@pytest.mark.parametrize("images", [1, 20])
-def test_same_bits_in_pieces(
-    device: torch.device, images: int, positions: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """x is read where it lies, where it was repacked; forward, dense, on Hopper."""
-    x = make_input("diffuse", (images, 1030, positions), torch.bfloat16, device)
-    expected = ops.sci(x, backend="cuda")
-    monkeypatch.setenv("CIN_FAST_CUDA_LOADS", "pieces")
-    assert torch.equal(ops.sci(x, backend="cuda"), expected)
-
-
 def test_same_bits_on_any_stream_and_in_a_graph(device: torch.device) -> None:
     x = make_input("relu", (4, 512, 196), torch.bfloat16, device)
     expected = ops.sci(x, backend="cuda")

@@ -71,15 +71,6 @@ bool takes_older_path() {
   return true;
 }
 
-// CIN_FAST_CUDA_LOADS=pieces: reads x where it lies, where it would be repacked, to compare both.
-bool reads_pieces() {
-  const char* loads = std::getenv("CIN_FAST_CUDA_LOADS");
-  if (!loads || !*loads) return false;
-  STD_TORCH_CHECK(std::string(loads) == "pieces", "CIN_FAST_CUDA_LOADS: expected pieces, found ",
-                  loads);
-  return true;
-}
-
 // The device and stream that x says, for one call, and the workspaces of that call. torch gives
 // their memory to later work of the same stream alone.
 class Call {
@@ -101,7 +92,6 @@ class Call {
                     "cin_fast cuda: it needs compute capability 8.0, found ",
                     context.capability / 10, ".", context.capability % 10);
     if (takes_older_path()) context.capability = 80;
-    context.reads_pieces = reads_pieces();
     context.float32_products = x.scalar_type() == ScalarType::Float
                                    ? float32_products()
                                    : cin_fast::Float32Products::kIeee;

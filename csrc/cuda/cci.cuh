@@ -95,13 +95,11 @@ __device__ void store_terms(const BackwardParameters<typename Products::Element>
 template <class Products, int N>
 __device__ void to_weights(float (&s)[N][4], const RowTerms (&terms)[2], float factor,
                            int columns) {
+  mask(s, factor, columns);
 #pragma unroll
   for (int n = 0; n < N; ++n) {
 #pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      const bool exists = n * 8 + lane_column() + e % 2 < columns;
-      s[n][e] = exists ? weight<Products>(s[n][e], factor, terms[e / 2]) : 0.f;
-    }
+    for (int e = 0; e < 4; ++e) s[n][e] = weight<Products>(s[n][e], factor, terms[e / 2]);
   }
 }
 

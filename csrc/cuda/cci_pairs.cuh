@@ -17,18 +17,18 @@ struct PairSums {
 
   // From both images' tiles of x x^T and of dY v^T, of which `columns` columns exist.
   template <int N>
-  __device__ void add(const float (&s)[2][N][4], const float (&dy_v)[2][N][4], int columns) {
+  __device__ void add(float (&s)[2][N][4], const float (&dy_v)[2][N][4], int columns) {
+    mask(s[0], factor, columns);
+    mask(s[1], factor, columns);
 #pragma unroll
     for (int n = 0; n < N; ++n) {
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        const bool exists = n * 8 + lane_column() + e % 2 < columns;
         float power[2], weight[2], dm[2];
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           const RowTerms& row = statistics[i][e / 2];
-          const float exponent = (s[i][n][e] - row.x) * factor;
-          power[i] = Products::exponential(exists ? exponent : -INFINITY);
+          power[i] = Products::exponential((s[i][n][e] - row.x) * factor);
           weight[i] = Products::over(power[i], row.y);
         }
 #pragma unroll

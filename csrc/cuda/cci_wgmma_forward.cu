@@ -12,8 +12,8 @@ namespace {
 
 template <class T, int kColumns>
 struct StatisticsTiles {
-  static constexpr int kWidth = 128, kStages = 3;
-  using X = Operand<T, kConsumerRows, kWidth, kColumns, kStages>;
+  static constexpr int kWidth = kConsumerRows, kStages = 3;
+  using X = OwnFirst<T, kWidth, kColumns, kStages>;
   static constexpr size_t kSharedBytes = pipeline_bytes<kStages, X>();
 };
 
@@ -24,27 +24,27 @@ __global__ void __launch_bounds__(kPipelineThreads, 1)
 #ifdef CIN_FAST_WGMMA
   follow();
   using Tiles = StatisticsTiles<T, kColumns>;
-  constexpr int kWidth = Tiles::kWidth, kStages = Tiles::kStages;
+  constexpr int kWidth = Tiles::kWidth;
   const Place block(row_blocks, kConsumerRows);
-  const int channels = p.x.rows, tiles = divide_up(channels, kWidth);
+  const int channels = p.x.rows;
+  const Walk walk(divide_up(channels, kWidth), block.row / kWidth);
   SharedMemory shared;
   const typename Tiles::X x(shared, maps.x, block.image);
-  const Ring<kStages> ring(shared);
-  if (is_producer()) return produce(ring, block.row, tiles, x);
+  const Ring<Tiles::kStages, true> ring(shared);
+  if (is_producer()) return produce(ring, block.row, walk, x);
 
   ptx::setmaxnreg_inc<kConsumerRegisters>();
   const int own_row = consumer_row();
   RunningSoftmax<HalfProducts<T>> softmax(p.factor);
-  ptx::mbarrier_wait(ring.rows_full, 0);
-  for (int tile = 0; tile < tiles; ++tile) {
+  for (int i = 0; i < walk.tiles; ++i) {
     float s[kWidth / 8][4], shrink[2];
-    ring.wait(tile);
+    ring.wait(i);
     ptx::wgmma_fence();
-    start_nt(s, x.rows, own_row, x[tile]);
+    start_nt(s, x.rows, own_row, x[i]);
     ptx::wgmma_commit();
     ptx::wgmma_wait<0>();
-    ring.release(tile);
-    softmax.weigh(s, shrink, channels - tile * kWidth);
+    ring.release(i);
+    softmax.weigh(s, shrink, channels - walk[i] * kWidth);
   }
   softmax.finish();
   const int64_t first = static_cast<int64_t>(block.image) * channels;

@@ -37,7 +37,7 @@ __global__ void __launch_bounds__(kPipelineThreads, 1)
   const typename Tiles::X x(shared, maps.x, pair.first, pair.second);
   const typename Tiles::Dy dy(shared, maps.dy, pair.first, pair.second);
   const typename Tiles::Sums trade(shared);
-  const Ring<kStages, Tiles::kReaders> ring(shared);
+  const Ring<kStages, false, Tiles::kReaders> ring(shared);
   if (is_producer()) return produce(ring, block.row, tiles, x, dy);
 
   ptx::setmaxnreg_inc<kConsumerRegisters>();

@@ -31,17 +31,12 @@ constexpr size_t shared_bytes(std::initializer_list<size_t> pieces) {
   return total;
 }
 
-// Images one after another, each a Matrix; its rows start on 16 bytes, unless a kernel reads
-// pieces.
+// Images one after another, each a Matrix.
 template <class T>
 struct Batch {
   const T* data;
   int rows, columns;
   int64_t pitch;
-
-  bool starts_on_16_bytes() const {
-    return reinterpret_cast<uintptr_t>(data) % 16 == 0 && pitch * sizeof(T) % 16 == 0;
-  }
 
   __host__ __device__ Matrix<T> image(int64_t i) const {
     return {data + i * rows * pitch, rows, columns, pitch};
@@ -103,13 +98,13 @@ cudaError_t repack(const Context& context, const View& view, const Shape& shape,
                 static_cast<int>(to.pitch), const_cast<T*>(to.data), row_blocks);
 }
 
-// The tensor as tiles can be copied from it: as it stands if its rows start on `bytes` bytes, 16 or
-// 8, or else a copy whose rows start on 16.
+// The tensor as tiles can be copied from it: as it stands if its rows start on 16 bytes, or else a
+// copy whose rows do.
 template <class T>
 cudaError_t aligned_batch(const Context& context, const View& view, const Shape& shape, int columns,
-                          Batch<T>* result, int bytes = 16) {
+                          Batch<T>* result) {
   constexpr int kElements = 16 / sizeof(T);
-  if (in_pieces<T>(view, columns, bytes) && view.strides[1] >= columns &&
+  if (in_pieces<T>(view, columns, 16) && view.strides[1] >= columns &&
       view.strides[0] == shape.channels * view.strides[1]) {
     *result = {static_cast<const T*>(view.data), shape.channels, columns, view.strides[1]};
     return cudaSuccess;

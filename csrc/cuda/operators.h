@@ -37,9 +37,6 @@ struct Context {
   // many blocks that fill a multiprocessor run at once.
   int shared_limit, capability, multiprocessors;
   Float32Products float32_products;
-  // Whether a tensor whose rows start on 8 bytes is read where it lies, in pieces of 8 bytes, where
-  // there is a kernel that can, instead of being repacked first.
-  bool reads_pieces;
   void* (*allocate)(void* owner, size_t bytes);
   void* owner;
 };

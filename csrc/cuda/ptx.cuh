@@ -32,13 +32,6 @@ __device__ __forceinline__ void cp_async_16(void* destination, const void* sourc
                : "memory");
 }
 
-// The same with 8 bytes, which pass through the first-level cache.
-__device__ __forceinline__ void cp_async_8(void* destination, const void* source, bool valid) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;\n" ::"r"(shared_address(destination)),
-               "l"(source), "r"(valid ? 8 : 0)
-               : "memory");
-}
-
 __device__ __forceinline__ void cp_async_commit() {
   asm volatile("cp.async.commit_group;\n" ::: "memory");
 }
@@ -216,6 +209,12 @@ __device__ __forceinline__ void named_barrier(int barrier) {
   asm volatile("bar.sync %0, %1;\n" ::"r"(barrier), "n"(kThreads) : "memory");
 }
 
+// Arrives there without waiting for the others.
+template <int kThreads>
+__device__ __forceinline__ void named_barrier_arrive(int barrier) {
+  asm volatile("bar.arrive %0, %1;\n" ::"r"(barrier), "n"(kThreads) : "memory");
+}
+
 // Moves registers from warp groups that need few to those that need many.
 template <int kRegisters>
 __device__ __forceinline__ void setmaxnreg_dec() {
@@ -240,6 +239,17 @@ __device__ __forceinline__ void wgmma_commit() {
 template <int kPending>
 __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;\n" ::"n"(kPending) : "memory");
+}
+
+// The same, but not before `known` is: ptxas moves a wait up past arithmetic that could run while
+// wgmma does. The instruction that holds it back sleeps for no time, where `known` is negative.
+template <int kPending>
+__device__ __forceinline__ void wgmma_wait_behind(float known) {
+  asm volatile(
+      "{\n.reg .pred negative;\nsetp.lt.f32 negative, %0, 0f00000000;\n"
+      "@negative nanosleep.u32 0;\nwgmma.wait_group.sync.aligned %1;\n}\n" ::"f"(known),
+      "n"(kPending)
+      : "memory");
 }
 
 // Placeholders %0 to %(n-1), and the operands that they stand for.

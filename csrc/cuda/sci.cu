@@ -225,14 +225,10 @@ cudaError_t sci_forward(const Context& context, Dtype dtype, const Shape& shape,
     p.row_sum = a.row_sum;
     p.factor = softmax_factor<Products>(scale);
     p.columns = a.v.data ? shape.columns : shape.positions;
-    const bool tied = !a.v.data;
-    const bool reads_pieces =
-        sizeof(T) == 2 && tied && context.reads_pieces && is_wgmma(context, shape, tied);
-    CIN_FAST_RETURN_IF_ERROR(
-        aligned_batch(context, a.x, shape, shape.positions, &p.x, reads_pieces ? 8 : 16));
+    CIN_FAST_RETURN_IF_ERROR(aligned_batch(context, a.x, shape, shape.positions, &p.x));
     p.v = p.x;
-    if (!tied) CIN_FAST_RETURN_IF_ERROR(aligned_batch(context, a.v, shape, p.columns, &p.v));
-    return sci::forward<Products>(context, shape, tied, p);
+    if (a.v.data) CIN_FAST_RETURN_IF_ERROR(aligned_batch(context, a.v, shape, p.columns, &p.v));
+    return sci::forward<Products>(context, shape, !a.v.data, p);
   });
 }
 

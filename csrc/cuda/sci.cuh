@@ -46,14 +46,13 @@ struct RowSums {
 
   // From a tile of x x^T and of dY v^T, of which `columns` columns exist.
   template <int N>
-  __device__ void add(const float (&s)[N][4], const float (&dp)[N][4], int columns) {
+  __device__ void add(float (&s)[N][4], const float (&dp)[N][4], int columns) {
+    mask(s, factor, columns);
 #pragma unroll
     for (int n = 0; n < N; ++n) {
 #pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        if (n * 8 + lane_column() + e % 2 < columns)
-          delta[e / 2] += Products::exponential((s[n][e] - peak[e / 2]) * factor) * dp[n][e];
-      }
+      for (int e = 0; e < 4; ++e)
+        delta[e / 2] += Products::exponential((s[n][e] - peak[e / 2]) * factor) * dp[n][e];
     }
   }
 

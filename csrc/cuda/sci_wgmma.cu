@@ -8,13 +8,12 @@ namespace cin_fast {
 namespace sci {
 namespace {
 
-template <class T, int kColumns, bool kTied, bool kPieces>
+template <class T, int kColumns, bool kTied>
 struct ForwardTiles {
-  static constexpr int kWidth = 128, kStages = 3, kValues = kTied ? kColumns : kThin;
-  static_assert(kTied || !kPieces, "v is copied in bulk");
-  using X = std::conditional_t<kPieces, PieceOperand<T, kConsumerRows, kWidth, kColumns, kStages>,
-                               Operand<T, kConsumerRows, kWidth, kColumns, kStages>>;
-  using V = Operand<T, 0, kWidth, kThin, kTied ? 0 : kStages>;
+  static constexpr int kWidth = kConsumerRows, kStages = 3, kValues = kTied ? kColumns : kThin;
+  using X = OwnFirst<T, kWidth, kColumns, kStages>;
+  using V = std::conditional_t<kTied, Operand<T, 0, kWidth, kThin, 0>,
+                               OwnFirst<T, kWidth, kThin, kStages>>;
   static constexpr size_t kSharedBytes = pipeline_bytes<kStages, X, V>();
 };
 
@@ -47,11 +46,12 @@ __device__ __forceinline__ bool merge(const Share& own, unsigned char* tiles,
 }
 
 // A consumer's sums over kSpan columns of every tile, from `column` on.
-template <int kSpan, class T, int M, int kStages, class X, class Values>
+template <int kSpan, class T, int M, class Ring, class X, class Values>
 __device__ __forceinline__ void sum_up(float (&acc)[M][4], RunningSoftmax<HalfProducts<T>>& softmax,
-                                       const Ring<kStages>& ring, const X& x, int row,
-                                       const Values& values, int column, int tiles, int channels) {
+                                       const Ring& ring, const X& x, int row, const Values& values,
+                                       int column, const Walk& walk, int channels) {
   constexpr int kWidth = X::Passing::kRows;
+  const Turns turns;
   float s[kSpan / 8][4], shrink[2];
   uint32_t weights[kSpan / 16][4];
   ring.wait(0);
@@ -59,104 +59,112 @@ __device__ __forceinline__ void sum_up(float (&acc)[M][4], RunningSoftmax<HalfPr
   start_nt(s, x.rows, row, x[0], column);
   ptx::wgmma_commit();
   ptx::wgmma_wait<0>();
-  softmax.weigh(s, shrink, channels - column);
+  softmax.weigh(s, shrink, channels - walk[0] * kWidth - column);
   pack<T>(weights, s);
   // While a tile's weights are computed, those of the tile before are multiplied.
-  for (int tile = 1; tile < tiles; ++tile) {
-    ring.wait(tile);
+  for (int i = 1; i < walk.tiles; ++i) {
+    ring.wait(i);
+    turns.begin();
     ptx::wgmma_fence();
-    start_nt(s, x.rows, row, x[tile], column);
+    start_nt(s, x.rows, row, x[i], column);
     ptx::wgmma_commit();
-    start_nn(acc, weights, values[tile - 1], column);
+    start_nn(acc, weights, values[i - 1], column);
     ptx::wgmma_commit();
+    turns.end();
     ptx::wgmma_wait<1>();
-    softmax.weigh(s, shrink, channels - tile * kWidth - column);
-    ptx::wgmma_wait<0>();
-    ring.release(tile - 1);
+    softmax.weigh(s, shrink, channels - walk[i] * kWidth - column);
+    ptx::wgmma_wait_behind<0>(softmax.sum[0] + softmax.sum[1]);
+    ring.release(i - 1);
     softmax.rescale(acc, shrink);
     pack<T>(weights, s);
   }
+  turns.leave();
   ptx::wgmma_fence();
-  start_nn(acc, weights, values[tiles - 1], column);
+  start_nn(acc, weights, values[walk.tiles - 1], column);
   ptx::wgmma_commit();
   ptx::wgmma_wait<0>();
+  ring.release(walk.tiles - 1);
 }
 
-template <class T, int kColumns, bool kTied, bool kPieces>
+template <class T, int kColumns, bool kTied>
 __global__ void __launch_bounds__(kPipelineThreads, 1)
     sci_wgmma_forward_kernel(const __grid_constant__ Maps maps, ForwardParameters<T> p,
                              RowBlocks blocks) {
 #ifdef CIN_FAST_WGMMA
   follow();
   using Products = HalfProducts<T>;
-  using Tiles = ForwardTiles<T, kColumns, kTied, kPieces>;
-  constexpr int kWidth = Tiles::kWidth, kStages = Tiles::kStages;
+  using Tiles = ForwardTiles<T, kColumns, kTied>;
+  constexpr int kWidth = Tiles::kWidth;
   const Place block(blocks);
-  const int channels = p.x.rows, tiles = divide_up(channels, kWidth);
+  const int channels = p.x.rows;
+  const Walk walk(divide_up(channels, kWidth), block.row / kWidth);
   SharedMemory shared;
-  const typename Tiles::X x(shared, either<kPieces>(p.x, maps.x), block.image);
+  const typename Tiles::X x(shared, maps.x, block.image);
   const typename Tiles::V v(shared, maps.v, block.image);
   const auto& values = either<kTied>(x, v);
-  const Ring<kStages> ring(shared, kPieces ? kGroupThreads / 32 : 1);
-  if (is_producer()) {
-    if constexpr (kPieces)
-      return produce_pieces(ring, block.row, tiles, x);
-    else
-      return produce(ring, block.row, tiles, x, v);
-  }
+  const Ring<Tiles::kStages, true> ring(shared);
+  if (is_producer()) return produce(ring, block.row, walk, x, v);
 
-  ptx::setmaxnreg_inc<kPieces ? kConsumerRegistersByPieces : kConsumerRegisters>();
+  ptx::setmaxnreg_inc<kConsumerRegisters>();
   const Share own(block);
   RunningSoftmax<Products> softmax(p.factor);
   float acc[Tiles::kValues / 8][4] = {};
-  ptx::mbarrier_wait(ring.rows_full, 0);
   if (block.is_half) {
     const int column = own.is_second() ? kWidth / 2 : 0;
-    sum_up<kWidth / 2, T>(acc, softmax, ring, x, own.row, values, column, tiles, channels);
+    sum_up<kWidth / 2, T>(acc, softmax, ring, x, own.row, values, column, walk, channels);
     if (!merge(own, x.stages, softmax, acc)) return;
   } else {
-    sum_up<kWidth, T>(acc, softmax, ring, x, own.row, values, 0, tiles, channels);
+    sum_up<kWidth, T>(acc, softmax, ring, x, own.row, values, 0, walk, channels);
   }
   softmax.finish();
   const int row = block.row + own.row;
   const int64_t first = static_cast<int64_t>(block.image) * channels;
   const float divisors[2] = {Products::divisor(softmax.sum[0]), Products::divisor(softmax.sum[1])};
   T* to = p.y + first * p.columns;
-  if constexpr (kTied)
+  if constexpr (kTied) {
+    ring.wait_until_rows_are_free();
     store_rows<Products>(to, acc, divisors[0], divisors[1], x.rows, own.row, row, channels,
                          p.columns);
-  else
+  } else {
     store_tile<Products>(to, acc, divisors[0], divisors[1], row, channels, 0, p.columns);
+  }
   softmax.store(p.row_max + first, p.row_sum + first, row, channels);
 #endif
 }
 
 template <class T, int kColumns, bool kTied>
 struct TermsTiles {
-  static constexpr int kWidth = 128, kStages = kTied ? 2 : 3, kValues = kTied ? kColumns : kThin;
-  using X = Operand<T, kConsumerRows, kWidth, kColumns, kStages>;
+  static constexpr int kWidth = kConsumerRows, kStages = kTied ? 2 : 3;
+  static constexpr int kValues = kTied ? kColumns : kThin;
+  // Three stages leave no room for rows of v.
+  using X = std::conditional_t<kTied, OwnFirst<T, kWidth, kColumns, kStages>,
+                               Operand<T, kConsumerRows, kWidth, kColumns, kStages>>;
   using V = Operand<T, 0, kWidth, kThin, kTied ? 0 : kStages>;
   using Dy = Operand<T, kConsumerRows, kWidth, kValues, 0>;
   static constexpr size_t kSharedBytes = pipeline_bytes<kStages, X, V, Dy>();
 };
 
 // A consumer's row sums over kSpan columns of every tile, from `column` on.
-template <int kSpan, class T, int kStages, class X, class Dy, class Values>
-__device__ __forceinline__ void sum_up(RowSums<HalfProducts<T>>& sums, const Ring<kStages>& ring,
-                                       const X& x, const Dy& dy, int row, const Values& values,
-                                       int column, int tiles, int channels) {
+template <int kSpan, class T, class Ring, class X, class Dy, class Values>
+__device__ __forceinline__ void sum_up(RowSums<HalfProducts<T>>& sums, const Ring& ring, const X& x,
+                                       const Dy& dy, int row, const Values& values, int column,
+                                       const Walk& walk, int channels) {
   constexpr int kWidth = X::Passing::kRows;
-  for (int tile = 0; tile < tiles; ++tile) {
+  const Turns turns;
+  for (int i = 0; i < walk.tiles; ++i) {
     float s[kSpan / 8][4], dp[kSpan / 8][4];
-    ring.wait(tile);
+    ring.wait(i);
+    turns.begin();
     ptx::wgmma_fence();
-    start_nt(s, x.rows, row, x[tile], column);
-    start_nt(dp, dy.rows, row, values[tile], column);
+    start_nt(s, x.rows, row, x[i], column);
+    start_nt(dp, dy.rows, row, values[i], column);
     ptx::wgmma_commit();
+    turns.end();
     ptx::wgmma_wait<0>();
-    ring.release(tile);
-    sums.add(s, dp, channels - tile * kWidth - column);
+    ring.release(i);
+    sums.add(s, dp, channels - walk[i] * kWidth - column);
   }
+  turns.leave();
 }
 
 template <class T, int kColumns, bool kTied>
@@ -166,16 +174,17 @@ __global__ void __launch_bounds__(kPipelineThreads, 1)
 #ifdef CIN_FAST_WGMMA
   follow();
   using Tiles = TermsTiles<T, kColumns, kTied>;
-  constexpr int kWidth = Tiles::kWidth, kStages = Tiles::kStages;
+  constexpr int kWidth = Tiles::kWidth;
   const Place block(blocks);
-  const int channels = p.x.rows, tiles = divide_up(channels, kWidth);
+  const int channels = p.x.rows;
+  const Walk walk(divide_up(channels, kWidth), kTied ? block.row / kWidth : 0);
   SharedMemory shared;
   const typename Tiles::X x(shared, maps.x, block.image);
   const typename Tiles::V v(shared, maps.v, block.image);
   const typename Tiles::Dy dy(shared, maps.dy, block.image);
   const auto& values = either<kTied>(x, v);
-  const Ring<kStages> ring(shared);
-  if (is_producer()) return produce(ring, block.row, tiles, x, v, dy);
+  const Ring<Tiles::kStages, kTied> ring(shared);
+  if (is_producer()) return produce(ring, block.row, walk, x, v, dy);
 
   ptx::setmaxnreg_inc<kConsumerRegisters>();
   const Share own(block);
@@ -183,10 +192,10 @@ __global__ void __launch_bounds__(kPipelineThreads, 1)
   RowSums<HalfProducts<T>> sums(p, block.image, row, channels);
   ptx::mbarrier_wait(ring.rows_full, 0);
   if (!block.is_half) {
-    sum_up<kWidth, T>(sums, ring, x, dy, own.row, values, 0, tiles, channels);
+    sum_up<kWidth, T>(sums, ring, x, dy, own.row, values, 0, walk, channels);
   } else {
     const int column = own.is_second() ? kWidth / 2 : 0;
-    sum_up<kWidth / 2, T>(sums, ring, x, dy, own.row, values, column, tiles, channels);
+    sum_up<kWidth / 2, T>(sums, ring, x, dy, own.row, values, column, walk, channels);
     const Merger merger(x.stages);
     merger.meet();
     if (own.is_second()) {
@@ -241,6 +250,8 @@ __global__ void __launch_bounds__(kPipelineThreads, 1)
   const RowTerms of_rows[2] = {terms[row + lane_row()], terms[row + lane_row() + 8]};
   float acc[kColumns / 8][4] = {}, thin[kThin / 8][4] = {};
   ptx::mbarrier_wait(ring.rows_full, 0);
+  const Turns turns;
+  turns.begin();
   for (int tile = own.begin(ring); tile < tiles; tile = own.after(ring, tile, tiles)) {
     // S, and the mirror image of dP below it.
     float s[kWidth / 4][4], dp[kWidth / 8][4];
@@ -257,10 +268,13 @@ __global__ void __launch_bounds__(kPipelineThreads, 1)
       start_nt<kWidth / 8>(dp_mirrored, v.rows, own.row, dy[tile]);
     }
     ptx::wgmma_commit();
+    turns.end();
     ptx::wgmma_wait<0>();
     softmax_gradient<Products>(s, dp, dp_mirrored, of_rows, of_columns[tile], p.scale, p.factor);
     pack<T>(ds, dp);
     pack<T, kWidth / 8>(weights, s);
+    // A turn is this tile's second products and the next tile's first.
+    turns.begin();
     ptx::wgmma_fence();
     if constexpr (kTied) {
       start_nn(acc, ds, both[tile]);
@@ -275,6 +289,13 @@ __global__ void __launch_bounds__(kPipelineThreads, 1)
     __syncwarp();
     ring.release(tile);
   }
+  turns.end();
+  if (own.is_second() && tiles % 2) {
+    // Of an odd number of tiles it had one less.
+    turns.begin();
+    turns.end();
+  }
+  turns.leave();
   if (block.is_half) {
     const Merger merger(kTied ? both.stages : x.stages), thin_merger(v.stages);
     merger.meet();
@@ -300,20 +321,12 @@ template <class T>
 cudaError_t wgmma_forward(const Context& context, const Shape& shape, bool tied,
                           const ForwardParameters<T>& p) {
   Maps maps{};
-  const bool reads_pieces = !p.x.starts_on_16_bytes();
-  if (!reads_pieces) {
-    CIN_FAST_RETURN_IF_ERROR(encode_tile_maps(&maps.x, p.x, shape.batch));
-    CIN_FAST_RETURN_IF_ERROR(encode_tile_maps(&maps.v, p.v, shape.batch));
-  }
+  CIN_FAST_RETURN_IF_ERROR(encode_tile_maps(&maps.x, p.x, shape.batch));
+  CIN_FAST_RETURN_IF_ERROR(encode_tile_maps(&maps.v, p.v, shape.batch));
   return with_columns(shape, tied, [&]<int kColumns, bool kTied>() {
-    const auto start = [&]<bool kPieces>() {
-      return launch_balanced(context, shape, "sci_wgmma_forward",
-                             sci_wgmma_forward_kernel<T, kColumns, kTied, kPieces>,
-                             ForwardTiles<T, kColumns, kTied, kPieces>::kSharedBytes, maps, p);
-    };
-    if constexpr (kTied)
-      if (reads_pieces) return start.template operator()<true>();
-    return start.template operator()<false>();
+    return launch_balanced(context, shape, "sci_wgmma_forward",
+                           sci_wgmma_forward_kernel<T, kColumns, kTied>,
+                           ForwardTiles<T, kColumns, kTied>::kSharedBytes, maps, p);
   });
 }
 

@@ -3,6 +3,8 @@
 // the s of its row's largest weight. Subtracting first makes the peak's own weight exactly 1.
 #pragma once
 
+#include <cfloat>
+
 #include "tiles.cuh"
 
 namespace cin_fast {
@@ -13,6 +15,25 @@ __device__ __forceinline__ Number quad_sum(Number value) {
   return value + __shfl_xor_sync(~0u, value, 2);
 }
 
+// An element of x x^T whose weight is 0.
+__device__ __forceinline__ float nothing(float factor) {
+  return factor < 0.f ? INFINITY : -INFINITY;
+}
+
+// Leaves nothing where a column does not exist. `columns` counts the tile's columns that do: one
+// branch for all of them but in the last tile.
+template <int N>
+__device__ __forceinline__ void mask(float (&s)[N][4], float factor, int columns) {
+  if (columns >= 8 * N) return;
+  const int own_columns = columns - lane_column();
+#pragma unroll
+  for (int n = 0; n < N; ++n) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e)
+      s[n][e] = n * 8 + e % 2 < own_columns ? s[n][e] : nothing(factor);
+  }
+}
+
 // Peak and sum of a lane's two rows, over the columns seen so far. The sum is the lane's own share
 // until finish() adds up the four lanes of a row.
 template <class Products>
@@ -21,11 +42,9 @@ struct RunningSoftmax {
   float factor, peak[2], sum[2] = {0.f, 0.f};
 
   __device__ explicit RunningSoftmax(float factor) : factor(factor) {
-    peak[0] = peak[1] = nothing();
+    // Finite, so that a tile without columns can be the first.
+    peak[0] = peak[1] = factor < 0.f ? FLT_MAX : -FLT_MAX;
   }
-
-  // An element whose weight is 0.
-  __device__ float nothing() const { return factor < 0.f ? INFINITY : -INFINITY; }
 
   __device__ float further(float one, float other) const {
     return factor < 0.f ? fminf(one, other) : fmaxf(one, other);
@@ -35,17 +54,7 @@ struct RunningSoftmax {
   // accumulated before to the new peak. `columns` counts the tile's columns that exist.
   template <int N>
   __device__ void weigh(float (&s)[N][4], float (&shrink)[2], int columns) {
-    if (columns < 8 * N) {
-      const int own_columns = columns - lane_column();
-#pragma unroll
-      for (int n = 0; n < N; ++n) {
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          const bool exists = n * 8 + e % 2 < own_columns;
-          s[n][e] = exists ? s[n][e] : nothing();
-        }
-      }
-    }
+    mask(s, factor, columns);
     float higher[2] = {peak[0], peak[1]};
     // One branch for all elements, not a choice for each.
     if (factor < 0.f) {

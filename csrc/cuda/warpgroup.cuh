@@ -10,10 +10,8 @@ namespace cin_fast {
 constexpr int kConsumers = 2;
 constexpr int kConsumerRows = kConsumers * kBlockRows;
 constexpr int kPipelineThreads = (1 + kConsumers) * kGroupThreads;
-// The block starts with 168 registers a thread: as many as it may share out. Where all threads of
-// the producer copy, they need more.
+// The block starts with 168 registers a thread: as many as it may share out.
 constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
-constexpr int kProducerRegistersByPieces = 40, kConsumerRegistersByPieces = 232;
 
 __device__ __forceinline__ bool is_producer() { return threadIdx.x < kGroupThreads; }
 // Through a shuffle, the compiler learns that a number is the warp's, not the thread's, and keeps
@@ -40,11 +38,11 @@ struct RowBlocks {
   }
 };
 
-// The image and the first row of a block.
+// The image and the first row of a block; of a half block, the whole one's, and its own among them.
 struct Place {
   // Unsigned, so that nothing extends its sign: that took a register.
   unsigned image;
-  int row;
+  int row, half_row = 0;
   bool is_half = false;
 
   __device__ Place(int row_blocks, int rows)
@@ -55,7 +53,20 @@ struct Place {
     is_half = half >= 0;
     const int block = is_half ? blocks.whole + half / 2 : index;
     image = of_warp(block / blocks.per_image);
-    row = of_warp(block % blocks.per_image * kConsumerRows) + (is_half ? half % 2 * kBlockRows : 0);
+    row = of_warp(block % blocks.per_image * kConsumerRows);
+    half_row = is_half ? of_warp(half % 2 * kBlockRows) : 0;
+  }
+};
+
+// The tiles of columns in the order in which a block meets them: from its `own` on, and around.
+struct Walk {
+  int tiles, own;
+
+  __device__ Walk(int tiles, int own = 0) : tiles(tiles), own(own) {}
+
+  __device__ int operator[](int i) const {
+    const int tile = own + i;
+    return tile < tiles ? tile : tile - tiles;
   }
 };
 
@@ -80,41 +91,33 @@ struct Operand {
         rows{shared.take<unsigned char>(kBytes)},
         stages(rows.data + kRowBytes) {}
 
-  // `tile` counts on for ever.
-  __device__ Passing operator[](int tile) const { return {stages + tile % kStages * kStageBytes}; }
+  // The i-th tile of the block's walk.
+  __device__ Passing operator[](int i) const { return {stages + i % kStages * kStageBytes}; }
 
   __device__ void load_rows(uint64_t* barrier, int row) const {
     rows.template load<kRows, kBox>(maps, barrier, row, image);
   }
 
-  __device__ void load(uint64_t* barrier, int tile) const {
+  __device__ void load(uint64_t* barrier, int i, int tile) const {
     if constexpr (kStages > 0)
-      (*this)[tile].template load<kWidth, kBox>(maps, barrier, tile * kWidth, image);
+      (*this)[i].template load<kWidth, kBox>(maps, barrier, tile * kWidth, image);
   }
 };
 
-// An operand that the whole producer brings, from rows that start on 8 bytes.
-template <class T, int kRows, int kWidth, int kColumns, int kStages>
-struct PieceOperand {
-  using Rows = Tile<T, kRows, kColumns>;
-  using Passing = Tile<T, kWidth, kColumns>;
-  static constexpr int kBytes = Rows::kBytes + kStages * Passing::kBytes;
+// One whose rows are the first tile of the block's walk: nothing waits for a copy of them.
+template <class T, int kWidth, int kColumns, int kStages>
+struct OwnFirst : Operand<T, kWidth, kWidth, kColumns, kStages> {
+  using Base = Operand<T, kWidth, kWidth, kColumns, kStages>;
+  using Base::Base;
 
-  Matrix<T> from;
-  Rows rows;
-  unsigned char* stages;
-
-  __device__ PieceOperand(SharedMemory& shared, const Batch<T>& batch, int image)
-      : from(batch.image(image)),
-        rows{shared.take<unsigned char>(kBytes)},
-        stages(rows.data + Rows::kBytes) {}
-
-  __device__ Passing operator[](int tile) const {
-    return {stages + tile % kStages * Passing::kBytes};
+  // The rows lie in front of the stages.
+  __device__ typename Base::Passing operator[](int i) const {
+    return {this->stages + (i == 0 ? -1 : (i - 1) % kStages) * Base::kStageBytes};
   }
 
-  __device__ void load_rows(int row) const { rows.load_pieces(from, row); }
-  __device__ void load(int tile) const { (*this)[tile].load_pieces(from, tile * kWidth); }
+  __device__ void load(uint64_t* barrier, int i, int tile) const {
+    (*this)[i].load(this->maps, barrier, tile * kWidth, this->image);
+  }
 };
 
 // Tiles of two operands that pass by as one, kWidth rows of either: kTurn of the first above kTurn
@@ -133,16 +136,16 @@ struct Stacked {
   __device__ Stacked(SharedMemory& shared, const TileMaps& upper, const TileMaps& lower, int image)
       : upper(upper), lower(lower), image(image), stages(shared.take<unsigned char>(kBytes)) {}
 
-  __device__ Passing operator[](int tile) const { return {stages + tile % kStages * kStageBytes}; }
+  __device__ Passing operator[](int i) const { return {stages + i % kStages * kStageBytes}; }
 
   __device__ void load_rows(uint64_t*, int) const {}
 
-  __device__ void load(uint64_t* barrier, int tile) const {
+  __device__ void load(uint64_t* barrier, int i, int tile) const {
     if constexpr (kStages > 0) {
       for (int r = 0; r < kWidth; r += kTurn) {
         const int row = tile * kWidth + r;
-        (*this)[tile].template load<kTurn, kTurn>(upper, barrier, row, image, 2 * r);
-        (*this)[tile].template load<kTurn, kTurn>(lower, barrier, row, image, 2 * r + kTurn);
+        (*this)[i].template load<kTurn, kTurn>(upper, barrier, row, image, 2 * r);
+        (*this)[i].template load<kTurn, kTurn>(lower, barrier, row, image, 2 * r + kTurn);
       }
     }
   }
@@ -160,12 +163,12 @@ struct PassingTerms {
   __device__ PassingTerms(SharedMemory& shared, const RowTerms* terms)
       : terms(terms), stages(shared.take<RowTerms>(kStages * kWidth)) {}
 
-  __device__ const RowTerms* operator[](int tile) const { return stages + tile % kStages * kWidth; }
+  __device__ const RowTerms* operator[](int i) const { return stages + i % kStages * kWidth; }
 
   __device__ void load_rows(uint64_t*, int) const {}
 
-  __device__ void load(uint64_t* barrier, int tile) const {
-    ptx::bulk_copy(stages + tile % kStages * kWidth, terms + tile * kWidth, kStageBytes, barrier);
+  __device__ void load(uint64_t* barrier, int i, int tile) const {
+    ptx::bulk_copy(stages + i % kStages * kWidth, terms + tile * kWidth, kStageBytes, barrier);
   }
 };
 
@@ -198,72 +201,87 @@ struct Both {
     second.load_rows(barrier, row);
   }
 
-  __device__ void load(uint64_t* barrier, int tile) const {
-    first.load(barrier, tile);
-    second.load(barrier, tile);
+  __device__ void load(uint64_t* barrier, int i, int tile) const {
+    first.load(barrier, i, tile);
+    second.load(barrier, i, tile);
   }
 };
 
 // What the block's warp groups tell each other: that its rows have come, and for each of kStages
 // sets of tiles, which pass from the producer to kReaders of the consumers and back, that it is
-// full or empty.
-template <int kStages, int kReaders = kConsumers>
+// full or empty. Where the rows are the first tile they are never refilled.
+template <int kStages, bool kOwnFirst = false, int kReaders = kConsumers>
 struct Ring {
-  static constexpr int kBarriers = 1 + 2 * kStages;
+  // The rows', then the stages'.
+  static constexpr int kSlots = 1 + kStages, kBarriers = 2 * kSlots;
+  // The first tile that the producer brings.
+  static constexpr int kFirst = kOwnFirst ? 1 : 0;
 
   uint64_t* rows_full;
 
-  // All threads of the block meet. `writers` arrive at what is full: the thread that expects bytes,
-  // or the producer's warps.
-  __device__ explicit Ring(SharedMemory& shared, int writers = 1)
-      : rows_full(shared.take<uint64_t>(kBarriers)) {
+  // All threads of the block meet.
+  __device__ explicit Ring(SharedMemory& shared) : rows_full(shared.take<uint64_t>(kBarriers)) {
     if (threadIdx.x == 0) {
-      ptx::mbarrier_init(rows_full, writers);
-      for (int stage = 0; stage < kStages; ++stage) {
-        ptx::mbarrier_init(full(stage), writers);
-        ptx::mbarrier_init(empty(stage), kReaders * kGroupThreads / 32);
+      for (int slot = 0; slot < kSlots; ++slot) {
+        ptx::mbarrier_init(rows_full + slot, 1);
+        ptx::mbarrier_init(rows_full + kSlots + slot, kReaders * kGroupThreads / 32);
       }
       ptx::fence_mbarrier_init();
     }
     __syncthreads();
   }
 
-  __device__ uint64_t* full(int tile) const { return rows_full + 1 + tile % kStages; }
-  __device__ uint64_t* empty(int tile) const { return full(tile) + kStages; }
+  __device__ uint64_t* full(int i) const {
+    return rows_full + (i < kFirst ? 0 : 1 + (i - kFirst) % kStages);
+  }
+  __device__ uint64_t* empty(int i) const { return full(i) + kSlots; }
+  // How often the slot of a tile was used before.
+  __device__ static int round(int i) { return i < kFirst ? 0 : (i - kFirst) / kStages; }
 
-  // By the producer: waits until the consumers are done with what lay there.
-  __device__ void wait_empty(int tile) const {
-    ptx::mbarrier_wait(empty(tile), (tile / kStages + 1) % 2);
+  // By the producer: waits until the consumers are done with what lay there, then expects bytes.
+  __device__ void refill(int i, int bytes) const {
+    ptx::mbarrier_wait(empty(i), (round(i) + 1) % 2);
+    ptx::mbarrier_arrive_expect(full(i), bytes);
   }
 
-  // The same, then expects bytes.
-  __device__ void refill(int tile, int bytes) const {
-    wait_empty(tile);
-    ptx::mbarrier_arrive_expect(full(tile), bytes);
-  }
-
-  // By every thread of the producer, once all but kPending groups of its copies have landed: what
-  // the others brought is `barrier`'s.
-  template <int kPending>
-  __device__ static void publish(uint64_t* barrier) {
-    ptx::cp_async_wait<kPending>();
-    ptx::fence_proxy_async();
-    __syncwarp();
-    if (lane_id() == 0) ptx::mbarrier_arrive(barrier);
-  }
-
-  __device__ void wait(int tile) const { ptx::mbarrier_wait(full(tile), tile / kStages % 2); }
+  __device__ void wait(int i) const { ptx::mbarrier_wait(full(i), round(i) % 2); }
 
   // A tile that is not this consumer's. It has to be full first: a consumer that gave it back a
   // round ahead of the other would be counted twice.
-  __device__ void pass(int tile) const {
-    wait(tile);
-    release(tile);
+  __device__ void pass(int i) const {
+    wait(i);
+    release(i);
   }
 
   // By every warp of every reader, once its wgmma on the tiles are finished.
-  __device__ void release(int tile) const {
-    if (lane_id() == 0) ptx::mbarrier_arrive(empty(tile));
+  __device__ void release(int i) const {
+    if (lane_id() == 0) ptx::mbarrier_arrive(empty(i));
+  }
+
+  // By a consumer that needs the memory of rows which were a tile: waits until all have read it.
+  __device__ void wait_until_rows_are_free() const {
+    if constexpr (kOwnFirst) ptx::mbarrier_wait(empty(0), 0);
+  }
+};
+
+// The consumers' turns at the tensor cores: while one computes on what its products gave, the
+// other's run. Both begin and end equally often; at last both leave.
+struct Turns {
+  static constexpr int kThreads = kConsumers * kGroupThreads;
+
+  // Named barriers: where this consumer waits for its turn, and where the other does.
+  int mine, others;
+
+  __device__ Turns() : mine(4 + consumer_row() / kBlockRows), others(9 - mine) {
+    if (is_second()) end();
+  }
+
+  __device__ bool is_second() const { return mine > others; }
+  __device__ void begin() const { ptx::named_barrier<kThreads>(mine); }
+  __device__ void end() const { ptx::named_barrier_arrive<kThreads>(others); }
+  // The first takes the turn that the second gave it last.
+  __device__ void leave() const {
+    if (!is_second()) begin();
   }
 };
 
@@ -274,20 +292,20 @@ struct Share {
   int row;
 
   __device__ explicit Share(const Place& block)
-      : is_half(block.is_half), row(block.is_half ? 0 : consumer_row()) {}
+      : is_half(block.is_half), row(block.is_half ? block.half_row : consumer_row()) {}
 
   // Not kept, as it would take a register from the loops.
   __device__ bool is_second() const { return is_half && consumer_row() > 0; }
 
   // The first of its tiles, and the one after a tile. The other's are given back on the way.
-  template <int kStages>
-  __device__ int begin(const Ring<kStages>& ring) const {
+  template <class Ring>
+  __device__ int begin(const Ring& ring) const {
     if (!is_second()) return 0;
     ring.pass(0);
     return 1;
   }
-  template <int kStages>
-  __device__ int after(const Ring<kStages>& ring, int tile, int tiles) const {
+  template <class Ring>
+  __device__ int after(const Ring& ring, int tile, int tiles) const {
     if (!is_half) return tile + 1;
     if (tile + 1 < tiles) ring.pass(tile + 1);
     return tile + 2;
@@ -355,40 +373,16 @@ constexpr size_t pipeline_bytes() {
 }
 
 // The producer's work: one thread brings the block's rows, from `row` on, then tile after tile.
-template <int kStages, int kReaders, class... Operands>
-__device__ __forceinline__ void produce(const Ring<kStages, kReaders>& ring, int row, int tiles,
+template <class Ring, class... Operands>
+__device__ __forceinline__ void produce(const Ring& ring, int row, const Walk& walk,
                                         const Operands&... operands) {
   ptx::setmaxnreg_dec<kProducerRegisters>();
   if (threadIdx.x > 0) return;
   ptx::mbarrier_arrive_expect(ring.rows_full, (Operands::kRowBytes + ...));
   (operands.load_rows(ring.rows_full, row), ...);
-  for (int tile = 0; tile < tiles; ++tile) {
-    ring.refill(tile, (Operands::kStageBytes + ...));
-    (operands.load(ring.full(tile), tile), ...);
-  }
-}
-
-// The same by all threads of the producer, of an operand in pieces.
-template <int kStages, int kReaders, class X>
-__device__ __forceinline__ void produce_pieces(const Ring<kStages, kReaders>& ring, int row,
-                                               int tiles, const X& x) {
-  ptx::setmaxnreg_dec<kProducerRegistersByPieces>();
-  x.load_rows(row);
-  ptx::cp_async_commit();
-  // All stages are empty: their copies are under way together.
-#pragma unroll 1
-  for (int tile = 0; tile < kStages; ++tile) {
-    if (tile < tiles) x.load(tile);
-    ptx::cp_async_commit();
-  }
-  ring.template publish<kStages>(ring.rows_full);
-  ring.template publish<kStages - 1>(ring.full(0));
-  for (int tile = 1; tile < min(kStages, tiles); ++tile) ring.template publish<0>(ring.full(tile));
-  for (int tile = kStages; tile < tiles; ++tile) {
-    ring.wait_empty(tile);
-    x.load(tile);
-    ptx::cp_async_commit();
-    ring.template publish<0>(ring.full(tile));
+  for (int i = Ring::kFirst; i < walk.tiles; ++i) {
+    ring.refill(i, (Operands::kStageBytes + ...));
+    (operands.load(ring.full(i), i, walk[i]), ...);
   }
 }
 

@@ -73,36 +73,6 @@ struct Tile {
     }
   }
 
-  // The same by all threads of a warp group, from rows that start on 8 bytes: each warp brings
-  // every fourth row, a lane 8 bytes of it. Ends when cp_async_wait says so.
-  __device__ void load_pieces(const Matrix<T>& from, int row) const {
-    constexpr int kElements = 8 / sizeof(T), kTurn = 8;
-    // Not unrolled, for a warp group that has few registers.
-#pragma unroll 1
-    for (int column = lane_id() * kElements; column < kColumns; column += 32 * kElements) {
-      const int rows = column < from.columns ? from.rows : 0;
-      const int step = kTurn * (column / kPanelColumns == kPanels ? kRestRow : kPanelRow);
-#pragma unroll 1
-      for (int first = group_warp(); first < kTurn; first += 4) {
-        unsigned char* to = data + place(first, column);
-        const T* source = from.data + (row + first) * from.pitch + column;
-#pragma unroll 4
-        for (int i = 0; i < kRows; i += kTurn) {
-          ptx::cp_async_8(to, source, row + first + i < rows);
-          to += step;
-          source += kTurn * from.pitch;
-        }
-      }
-    }
-  }
-
-  // Where bulk copies put an element: see ptx::Swizzle.
-  __device__ static int place(int row, int column) {
-    const int panel = column / kPanelColumns, byte = column % kPanelColumns * 2;
-    if (panel == kPanels) return kPanels * kPanelBytes + row * kRestRow + (byte ^ row / 4 % 2 * 16);
-    return panel * kPanelBytes + row * kPanelRow + (byte ^ row % 8 * 16);
-  }
-
   // Columns 16 step to 16 step + 15 of the rows from `row` on, as depth of a product.
   __device__ uint64_t along_rows(int row, int step) const {
     const uint32_t base = ptx::shared_address(data);
@@ -164,20 +134,53 @@ __device__ __forceinline__ void start_nn(float (&acc)[kColumns / 8][4], const ui
 template <class T, int kRows, int kColumns>
 struct WarpMemory {
   using Rows = Tile<T, kRows, kColumns>;
-  static constexpr int kPanelBytes = 16 * Rows::kPanelRow, kRestBytes = 16 * Rows::kRestRow;
+  static constexpr int kPanelBytes = 16 * Rows::kPanelRow;
 
   unsigned char *panels, *rest;
 
   __device__ WarpMemory(const Rows& tile, int row)
       : panels(tile.data + (row + group_warp() * 16) * Rows::kPanelRow),
-        rest(tile.rest() + (row + group_warp() * 16) * Rows::kRestRow) {}
+        rest(tile.rest() + (row + group_warp() * 16) * Rows::kRestRow -
+             Rows::kPanels * kPanelBytes) {}
 
   // A piece of up to 16 bytes, at a multiple of its size.
   template <class Piece>
   __device__ Piece& at(int byte) const {
-    const int panel = byte / kPanelBytes, within = byte % kPanelBytes;
-    return *reinterpret_cast<Piece*>(
-        (panel == Rows::kPanels ? rest : panels + panel * Rows::kPanelBytes) + within);
+    const bool in_rest = Rows::kHasRest && byte >= Rows::kPanels * kPanelBytes;
+    unsigned char* from =
+        in_rest ? rest : panels + byte / kPanelBytes * (Rows::kPanelBytes - kPanelBytes);
+    return *reinterpret_cast<Piece*>(from + byte);
+  }
+
+  // acc (64 x 8 M), over a divisor for each of a thread's two rows, as rows of `columns` numbers
+  // one after another.
+  template <class Products, int M>
+  __device__ __forceinline__ void write(const float (&acc)[M][4], float low_divisor,
+                                        float high_divisor, int columns) const {
+    static_assert(8 * M == kColumns && sizeof(T) == 2, "they have room");
+    const bool in_pairs = columns % 2 == 0;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float divisor = half ? high_divisor : low_divisor;
+      const int first = (lane_id() / 4 + half * 8) * columns + lane_column();
+      // Columns from lane_column() on.
+      const int own_columns = columns - lane_column();
+      if (in_pairs) {
+#pragma unroll
+        for (int m = 0; m < M; ++m) {
+          const uint32_t pair = Products::pair(Products::over(acc[m][2 * half], divisor),
+                                               Products::over(acc[m][2 * half + 1], divisor));
+          if (8 * m < own_columns) at<uint32_t>(2 * (first + 8 * m)) = pair;
+        }
+      } else {
+#pragma unroll
+        for (int i = 0; i < 2 * M; ++i) {
+          const int column = i / 2 * 8 + i % 2;
+          const float number = Products::over(acc[i / 2][2 * half + i % 2], divisor);
+          if (column < own_columns) at<T>(2 * (first + column)) = narrow<T>(number);
+        }
+      }
+    }
   }
 };
 
@@ -189,32 +192,16 @@ template <class Products, int M, class T, int kRows, int kColumns>
 __device__ __forceinline__ void store_rows(T* to, const float (&acc)[M][4], float low_divisor,
                                            float high_divisor, const Tile<T, kRows, kColumns>& tile,
                                            int own_row, int row, int rows, int columns) {
-  static_assert(8 * M == kColumns && sizeof(T) == 2, "they have room");
   const WarpMemory<T, kRows, kColumns> memory(tile, own_row);
   // All four warps have waited for the last wgmma that reads the tile.
   ptx::named_barrier<kGroupThreads>(1 + threadIdx.x / kGroupThreads);
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const float divisor = half ? high_divisor : low_divisor;
-#pragma unroll
-    for (int m = 0; m < M; ++m) {
-      const int column = m * 8 + lane_column();
-      const int byte = 2 * ((lane_id() / 4 + half * 8) * columns + column);
-      const float low = Products::over(acc[m][2 * half], divisor);
-      const float high = Products::over(acc[m][2 * half + 1], divisor);
-      if (columns % 2 == 0) {
-        if (column < columns) memory.template at<uint32_t>(byte) = Products::pair(low, high);
-      } else {
-        if (column < columns) memory.template at<T>(byte) = narrow<T>(low);
-        if (column + 1 < columns) memory.template at<T>(byte + 2) = narrow<T>(high);
-      }
-    }
-  }
+  memory.template write<Products>(acc, low_divisor, high_divisor, columns);
   __syncwarp();
   row += group_warp() * 16;
   const int count = min(16, rows - row) * columns;
   to += static_cast<int64_t>(row) * columns;
   const int whole = reinterpret_cast<uintptr_t>(to) % 16 == 0 ? count / 8 * 8 : 0;
+#pragma unroll 4
   for (int i = 8 * lane_id(); i < whole; i += 8 * 32)
     *reinterpret_cast<float4*>(to + i) = memory.template at<float4>(2 * i);
   for (int i = whole + lane_id(); i < count; i += 32) to[i] = memory.template at<T>(2 * i);

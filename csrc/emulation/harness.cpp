@@ -32,7 +32,6 @@ cin_fast::Context context_of(Workspace& workspace, const EmulationCall& call) {
           call.capability,
           call.multiprocessors,
           cin_fast::Float32Products(call.float32_products),
-          call.reads_pieces != 0,
           Workspace::allocate,
           &workspace};
 }

@@ -19,5 +19,5 @@ void emulation_buffer(const void* begin, long bytes, long guard);
 struct EmulationCall {
   int dtype, batch, channels, positions, columns;
   float scale;
-  int float32_products, shared_limit, capability, multiprocessors, reads_pieces;
+  int float32_products, shared_limit, capability, multiprocessors;
 };

@@ -157,7 +157,8 @@ struct WarpGroup {
 
 // Those who wait at a barrier for part of the block.
 struct NamedBarrier {
-  std::vector<Fiber*> waiting;
+  // Those that wait, and those that arrived without waiting.
+  std::vector<Fiber*> waiting, arrived;
   unsigned threads;
   Site site;
 };

@@ -13,10 +13,6 @@ inline void cp_async_16(void* destination, const void* source, bool valid, EMULA
   emulation::cp_async(destination, source, 16, valid, EMULATION_HERE);
 }
 
-inline void cp_async_8(void* destination, const void* source, bool valid, EMULATION_SITE) {
-  emulation::cp_async(destination, source, 8, valid, EMULATION_HERE);
-}
-
 inline void cp_async_commit() { emulation::cp_async_commit(); }
 
 template <int kPending>
@@ -159,6 +155,11 @@ void named_barrier(int barrier, EMULATION_SITE) {
   emulation::named_barrier(barrier, kThreads, EMULATION_HERE);
 }
 
+template <int kThreads>
+void named_barrier_arrive(int barrier, EMULATION_SITE) {
+  emulation::named_barrier_arrive(barrier, kThreads, EMULATION_HERE);
+}
+
 inline void fence_proxy_async() { emulation::fence_proxy_async(); }
 
 template <int kRegisters>
@@ -176,6 +177,11 @@ inline void wgmma_commit() { emulation::wgmma_commit(); }
 
 template <int kPending>
 void wgmma_wait() {
+  emulation::wgmma_wait(kPending);
+}
+
+template <int kPending>
+void wgmma_wait_behind(float) {
   emulation::wgmma_wait(kPending);
 }
 

@@ -70,6 +70,7 @@ struct TensorMap {
 void collective(Collective kind, uint32_t mask, void* operands, Site site);
 void barrier(Site site);
 void named_barrier(unsigned number, unsigned threads, Site site);
+void named_barrier_arrive(unsigned number, unsigned threads, Site site);
 void* shared_memory(unsigned index, size_t bytes);
 int lane();
 

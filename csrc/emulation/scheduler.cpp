@@ -170,6 +170,51 @@ void schedule(Block& block) {
   }
 }
 
+NamedBarrier& find_named_barrier(unsigned number, unsigned threads, Site site) {
+  if (number < 1 || number > 15 || threads % 32)
+    fail("named barrier at %s:%d: number %u for %u threads", base_name(site.file), site.line,
+         number, threads);
+  NamedBarrier& barrier = machine.block->named_barriers[number];
+  const bool is_new = barrier.waiting.empty() && barrier.arrived.empty();
+  if (!is_new && barrier.threads != threads)
+    fail("divergence: the named barrier at %s:%d is for %u threads here, elsewhere for %u",
+         base_name(site.file), site.line, threads, barrier.threads);
+  barrier.threads = threads;
+  if (is_new) barrier.site = site;
+  return barrier;
+}
+
+// Lets the threads that wait go on, once all are there. What they did is then known to each other;
+// nobody is told of those that did not wait.
+bool open_if_complete(NamedBarrier& barrier) {
+  if (barrier.waiting.size() + barrier.arrived.size() < barrier.threads) return false;
+  Block& block = *machine.block;
+  for (const auto* threads : {&barrier.waiting, &barrier.arrived}) {
+    std::vector<unsigned> of_warp(block.warps.size());
+    for (const Fiber* fiber : *threads) of_warp[fiber->id / 32]++;
+    for (unsigned count : of_warp)
+      if (count % 32 || count > 32)
+        fail("named barrier at %s:%d: %s", base_name(barrier.site.file), barrier.site.line,
+             count > 32 ? "a warp arrived twice" : "part of a warp");
+    if (threads == &barrier.waiting)
+      for (size_t i = 0; i < of_warp.size(); ++i) block.warps[i].epoch += of_warp[i] / 32;
+  }
+  share_knowledge(barrier.waiting);
+  for (Fiber* fiber : barrier.waiting) fiber->state = State::kReady;
+  barrier.waiting.clear();
+  barrier.arrived.clear();
+  return true;
+}
+
+void check_named_barriers() {
+  for (const NamedBarrier& barrier : machine.block->named_barriers)
+    if (!barrier.arrived.empty() && machine.error.empty())
+      machine.error = std::string(machine.kernel) + ": the block ends, and nobody waited for " +
+                      std::to_string(barrier.arrived.size()) +
+                      " threads that arrived at a named barrier (" +
+                      base_name(barrier.site.file) + ":" + std::to_string(barrier.site.line) + ")";
+}
+
 void run_block(uint32_t number, size_t shared_bytes) {
   Block block;
   block.number = number;
@@ -191,6 +236,7 @@ void run_block(uint32_t number, size_t shared_bytes) {
   }
   schedule(block);
   if (machine.error.empty()) check_copies_landed();
+  check_named_barriers();
   machine.block = nullptr;
 }
 
@@ -219,32 +265,23 @@ void barrier(Site site) {
 }
 
 void named_barrier(unsigned number, unsigned threads, Site site) {
-  Block& block = *machine.block;
-  Fiber* fiber = machine.current;
-  if (number < 1 || number > 15 || threads % 32)
-    fail("named barrier at %s:%d: number %u for %u threads", base_name(site.file), site.line,
-         number, threads);
-  NamedBarrier& barrier = block.named_barriers[number];
-  if (!barrier.waiting.empty() && (barrier.threads != threads || !same(barrier.site, site)))
+  NamedBarrier& barrier = find_named_barrier(number, threads, site);
+  if (!barrier.waiting.empty() && !same(barrier.site, site))
     fail("divergence: thread %u waits at the named barrier %s:%d, this one at %s:%d",
          barrier.waiting[0]->id, base_name(barrier.site.file), barrier.site.line,
          base_name(site.file), site.line);
-  barrier.threads = threads;
+  Fiber* fiber = machine.current;
   barrier.site = fiber->site = site;
   barrier.waiting.push_back(fiber);
-  if (barrier.waiting.size() < threads) {
-    fiber->state = State::kAtNamedBarrier;
-    to_scheduler();
-    return;
-  }
-  std::vector<unsigned> of_warp(block.warps.size());
-  for (const Fiber* other : barrier.waiting)
-    if (++of_warp[other->id / 32] == 32) block.warps[other->id / 32].epoch++;
-  for (unsigned count : of_warp)
-    if (count % 32) fail("named barrier at %s:%d: part of a warp", base_name(site.file), site.line);
-  share_knowledge(barrier.waiting);
-  for (Fiber* other : barrier.waiting) other->state = State::kReady;
-  barrier.waiting.clear();
+  if (open_if_complete(barrier)) return;
+  fiber->state = State::kAtNamedBarrier;
+  to_scheduler();
+}
+
+void named_barrier_arrive(unsigned number, unsigned threads, Site site) {
+  NamedBarrier& barrier = find_named_barrier(number, threads, site);
+  barrier.arrived.push_back(machine.current);
+  open_if_complete(barrier);
 }
 
 void grid_dependency_wait() { machine.current->may_use_global = true; }
