@@ -75,18 +75,16 @@ __global__ void scalars(const float* from, float* powers, uint32_t* rounded) {
   rounded[threadIdx.x] = ptx::round_to_tf32(from[threadIdx.x]);
 }
 
-// Where an element of a panel lies, in bytes: `row_bytes` is the swizzle's row, 128 or 32.
-__device__ int swizzled(int row, int column, int row_bytes) {
-  const int address = row * row_bytes + column * 2;
-  return address ^ (address >> 7 & (row_bytes / 16 - 1)) << 4;
+// Where an element of a panel lies, in bytes.
+__device__ int swizzled(int row, int column) {
+  const int address = row * 32 + column * 2;
+  return address ^ (address >> 7 & 1) << 4;
 }
 
 template <class T>
-__device__ void store_panel(unsigned char* panel, int row_bytes, const T* from, int pitch, int rows,
-                            int columns) {
-  for (int i = threadIdx.x; i < rows * columns; i += blockDim.x)
-    *reinterpret_cast<T*>(panel + swizzled(i / columns, i % columns, row_bytes)) =
-        from[i / columns * pitch + i % columns];
+__device__ void store_panel(unsigned char* panel, const T* from, int pitch, int rows) {
+  for (int i = threadIdx.x; i < rows * 16; i += blockDim.x)
+    *reinterpret_cast<T*>(panel + swizzled(i / 16, i % 16)) = from[i / 16 * pitch + i % 16];
 }
 
 template <int kColumns>
@@ -99,48 +97,42 @@ __device__ void store_sums(float* to, const float (&d)[kColumns / 8][4]) {
 // What the descriptors say, so that a GPU can be asked which field is wrong.
 struct Fields {
   int swizzle, stride, leading;
+
+  __device__ uint64_t operator()(const void* start) const {
+    return uint64_t(stride >> 4 | uint32_t(swizzle) << 30) << 32 |
+           (uint32_t(leading >> 4) << 16 | ptx::shared_address(start) >> 4);
+  }
 };
 
-// c (64 x kColumns) = a b^T, depth along the rows: 64 of it with a swizzle of 128 bytes, 16
-// with 32.
-template <class T, int kColumns, int kRowBytes>
+// c (64 x kColumns) = a (64 x 16) b^T, depth along the rows.
+template <class T, int kColumns>
 __global__ void wgmma_ss(const T* a, const T* b, float* c, Fields fields) {
 #ifdef CIN_FAST_WGMMA
-  constexpr int kDepth = kRowBytes / 2;
   SharedMemory shared;
-  unsigned char* left = shared.take<unsigned char>(64 * kRowBytes);
-  unsigned char* right = shared.take<unsigned char>(kColumns * kRowBytes);
-  store_panel(left, kRowBytes, a, kDepth, 64, kDepth);
-  store_panel(right, kRowBytes, b, kDepth, kColumns, kDepth);
+  unsigned char* left = shared.take<unsigned char>(64 * 32);
+  unsigned char* right = shared.take<unsigned char>(kColumns * 32);
+  store_panel(left, a, 16, 64);
+  store_panel(right, b, 16, kColumns);
   ptx::fence_proxy_async();
   __syncthreads();
   float d[kColumns / 8][4] = {};
   ptx::wgmma_fence();
-  for (int step = 0; step < kDepth / 16; ++step)
-    ptx::wgmma_ss<T, kColumns>(
-        d,
-        cin_fast::operand(ptx::shared_address(left), step * 32, ptx::Swizzle(fields.swizzle),
-                          fields.stride, fields.leading),
-        cin_fast::operand(ptx::shared_address(right), step * 32, ptx::Swizzle(fields.swizzle),
-                          fields.stride, fields.leading),
-        step > 0);
+  ptx::wgmma_ss<T, kColumns>(d, fields(left), fields(right), false);
   ptx::wgmma_commit();
   ptx::wgmma_wait<0>();
   store_sums<kColumns>(c, d);
 #endif
 }
 
-// c (64 x kColumns) = a (64 x 32) b, depth down the rows of b (32 x kColumns): panels of 64 columns
-// with a swizzle of 128 bytes, or 16 columns with 32.
-template <class T, int kColumns, int kRowBytes>
+// c (64 x kColumns) = a (64 x 32) b, depth down the rows of b (32 x kColumns): panels of 16 columns.
+template <class T, int kColumns>
 __global__ void wgmma_rs(const T* a, const T* b, float* c, Fields fields) {
 #ifdef CIN_FAST_WGMMA
-  constexpr int kDepth = 32, kAcross = kRowBytes / 2, kPanelBytes = kDepth * kRowBytes;
+  constexpr int kDepth = 32, kPanelBytes = kDepth * 32;
   SharedMemory shared;
-  unsigned char* right = shared.take<unsigned char>(kColumns / kAcross * kPanelBytes);
-  for (int panel = 0; panel < kColumns / kAcross; ++panel)
-    store_panel(right + panel * kPanelBytes, kRowBytes, b + panel * kAcross, kColumns, kDepth,
-                kAcross);
+  unsigned char* right = shared.take<unsigned char>(kColumns / 16 * kPanelBytes);
+  for (int panel = 0; panel < kColumns / 16; ++panel)
+    store_panel(right + panel * kPanelBytes, b + panel * 16, kColumns, kDepth);
   ptx::fence_proxy_async();
   __syncthreads();
   const int row = threadIdx.x / 32 * 16 + lane() / 4, column = lane() % 4 * 2;
@@ -154,12 +146,9 @@ __global__ void wgmma_rs(const T* a, const T* b, float* c, Fields fields) {
   }
   ptx::wgmma_fence();
   for (int step = 0; step < kDepth / 16; ++step)
-    ptx::wgmma_rs<T, kColumns>(
-        d, left[step],
-        cin_fast::operand(ptx::shared_address(right), step * 16 * kRowBytes,
-                          ptx::Swizzle(fields.swizzle), fields.stride, fields.leading));
+    ptx::wgmma_rs<T, kColumns>(d, left[step], fields(right + step * 16 * 32));
   ptx::wgmma_commit();
-  ptx::wgmma_wait<0>();
+  ptx::wgmma_wait_behind<0>(float(row));
   store_sums<kColumns>(c, d);
 #endif
 }
@@ -174,14 +163,28 @@ __global__ void named_barrier(const float* from, float* to) {
   to[threadIdx.x] = numbers[threadIdx.x ^ 32];
 }
 
-// A box of 8 rows at (column, row, image), unswizzled. One warp group copies and waits until the
-// four warps of the other have read.
-template <class T>
-__global__ void bulk_copy(const __grid_constant__ ptx::TensorMap map, int row_bytes, int column,
-                          int row, int image, T* to) {
+// Two warps take turns, three each: would hang if one did not arrive, or waited where it arrives.
+__global__ void turns(const float* from, float* to) {
+  const int warp = threadIdx.x / 32;
+  float number = from[threadIdx.x];
+  if (warp == 1) ptx::named_barrier_arrive<64>(1);
+  for (int i = 0; i < 3; ++i) {
+    ptx::named_barrier<64>(1 + warp);
+    number *= 2;
+    ptx::named_barrier_arrive<64>(2 - warp);
+  }
+  if (warp == 0) ptx::named_barrier<64>(1);
+  to[threadIdx.x] = number;
+}
+
+// A box of 2 KB at (turn, image). One warp group copies and waits until the four warps of the other
+// have read.
+__global__ void bulk_copy(const __grid_constant__ ptx::TensorMap map, int turn, int image,
+                          uint16_t* to) {
 #ifdef CIN_FAST_WGMMA
+  constexpr int kNumbers = 2048;
   SharedMemory shared;
-  unsigned char* box = shared.take<unsigned char>(8 * 128);
+  uint16_t* box = shared.take<uint16_t>(kNumbers);
   uint64_t* full = shared.take<uint64_t>(2);
   if (threadIdx.x == 0) {
     ptx::mbarrier_init(full, 1);
@@ -189,19 +192,17 @@ __global__ void bulk_copy(const __grid_constant__ ptx::TensorMap map, int row_by
     ptx::fence_mbarrier_init();
   }
   __syncthreads();
-  const int columns = row_bytes / 2;
   if (threadIdx.x >= 128) {
     ptx::setmaxnreg_dec<24>();
     if (threadIdx.x > 128) return;
-    ptx::mbarrier_arrive_expect(full, 8 * row_bytes);
-    ptx::bulk_copy_3d(box, &map, full, column, row, image);
+    ptx::mbarrier_arrive_expect(full, 2 * kNumbers);
+    ptx::bulk_copy_5d(box, &map, full, turn, image);
     ptx::mbarrier_wait(full + 1, 0);
     return;
   }
   ptx::setmaxnreg_inc<40>();
   ptx::mbarrier_wait(full, 0);
-  for (int i = threadIdx.x; i < 8 * columns; i += 128)
-    to[i] = *reinterpret_cast<const T*>(box + swizzled(i / columns, i % columns, row_bytes));
+  for (int i = threadIdx.x; i < kNumbers; i += 128) to[i] = box[i];
   __syncwarp();
   if (lane() == 0) ptx::mbarrier_arrive(full + 1);
 #endif
@@ -246,58 +247,46 @@ int run(const char* name, int threads, void (*kernel)(Parameters...), Arguments.
   return cudaGetLastError();
 }
 
-template <class T, int kColumns, int kRowBytes>
-int run_wgmma(bool from_registers, const void* a, const void* b, float* c, const int* fields) {
+template <class T, int kColumns>
+int run_wgmma(const void* a, const void* b, float* c, const int* fields) {
   const Fields f{fields[0], fields[1], fields[2]};
   const T *left = static_cast<const T*>(a), *right = static_cast<const T*>(b);
-  if constexpr (kColumns == 32 || kColumns == 128)
-    return run("wgmma_ss", 128, wgmma_ss<T, kColumns, kRowBytes>, left, right, c, f);
-  else if constexpr (kColumns == 192)
-    return run("wgmma_rs", 128, wgmma_rs<T, kColumns, kRowBytes>, left, right, c, f);
+  // The wide one exists from registers alone, others of 32 and 128 from shared memory.
+  if constexpr (kColumns == 208)
+    return run("wgmma_rs", 128, wgmma_rs<T, kColumns>, left, right, c, f);
+  else if constexpr (kColumns == 32 || kColumns == 128)
+    return run("wgmma_ss", 128, wgmma_ss<T, kColumns>, left, right, c, f);
   else
-    return from_registers
-               ? run("wgmma_rs", 128, wgmma_rs<T, kColumns, kRowBytes>, left, right, c, f)
-               : run("wgmma_ss", 128, wgmma_ss<T, kColumns, kRowBytes>, left, right, c, f);
-}
-
-template <class T>
-int run_bulk_copy(const void* from, void* to, const int* numbers) {
-  const int images = numbers[0], rows = numbers[1], columns = numbers[2], row_bytes = numbers[3];
-  ptx::TensorMap map;
-  const cudaError_t error = encode_tensor_map(
-      &map, static_cast<const T*>(from), images, rows, columns, columns, 8, row_bytes / 2,
-      row_bytes == 128 ? ptx::Swizzle::k128Bytes : ptx::Swizzle::k32Bytes);
-  if (error != cudaSuccess) return error;
-  return run("bulk_copy", 256, bulk_copy<T>, map, row_bytes, numbers[4], numbers[5], numbers[6],
-             static_cast<T*>(to));
+    return fields[3] ? run("wgmma_rs", 128, wgmma_rs<T, kColumns>, left, right, c, f)
+                     : run("wgmma_ss", 128, wgmma_ss<T, kColumns>, left, right, c, f);
 }
 
 }  // namespace
 
-#define PROBE_WGMMA(NAME, REGISTERS, COLUMNS, ROW_BYTES)                                          \
-  extern "C" int probe_##NAME##_bf16(const void* a, const void* b, float* c, const int* fields) { \
-    return run_wgmma<__nv_bfloat16, COLUMNS, ROW_BYTES>(REGISTERS, a, b, c, fields);              \
-  }                                                                                               \
-  extern "C" int probe_##NAME##_fp16(const void* a, const void* b, float* c, const int* fields) { \
-    return run_wgmma<__half, COLUMNS, ROW_BYTES>(REGISTERS, a, b, c, fields);                     \
+#define PROBE_WGMMA(COLUMNS)                                                          \
+  extern "C" int probe_wgmma_##COLUMNS##_bf16(const void* a, const void* b, float* c, \
+                                              const int* fields) {                    \
+    return run_wgmma<__nv_bfloat16, COLUMNS>(a, b, c, fields);                        \
+  }                                                                                   \
+  extern "C" int probe_wgmma_##COLUMNS##_fp16(const void* a, const void* b, float* c, \
+                                              const int* fields) {                    \
+    return run_wgmma<__half, COLUMNS>(a, b, c, fields);                               \
   }
-PROBE_WGMMA(wgmma_ss_16_128, false, 16, 128)
-PROBE_WGMMA(wgmma_ss_16_32, false, 16, 32)
-PROBE_WGMMA(wgmma_ss_32_128, false, 32, 128)
-PROBE_WGMMA(wgmma_ss_64_128, false, 64, 128)
-PROBE_WGMMA(wgmma_ss_128_128, false, 128, 128)
-PROBE_WGMMA(wgmma_ss_32_32, false, 32, 32)
-PROBE_WGMMA(wgmma_ss_64_32, false, 64, 32)
-PROBE_WGMMA(wgmma_ss_128_32, false, 128, 32)
-PROBE_WGMMA(wgmma_rs_192_128, true, 192, 128)
-PROBE_WGMMA(wgmma_rs_64_128, true, 64, 128)
-PROBE_WGMMA(wgmma_rs_16_32, true, 16, 32)
+PROBE_WGMMA(16)
+PROBE_WGMMA(32)
+PROBE_WGMMA(64)
+PROBE_WGMMA(128)
+PROBE_WGMMA(208)
 
-extern "C" int probe_bulk_copy_bf16(const void* from, void* to, const int* numbers) {
-  return run_bulk_copy<__nv_bfloat16>(from, to, numbers);
-}
-extern "C" int probe_bulk_copy_fp16(const void* from, void* to, const int* numbers) {
-  return run_bulk_copy<__half>(from, to, numbers);
+// numbers: images, panels, turns, groups of a turn, height, step, turns and panels of a box, and the
+// copy's turn and image.
+extern "C" int probe_bulk_copy(const void* from, void* to, const int* numbers) {
+  ptx::TensorMap map;
+  const cudaError_t error =
+      encode_tensor_map(&map, from, {numbers[0], numbers[1], numbers[2], numbers[3]},
+                        {numbers[4], numbers[5]}, numbers[6], numbers[7]);
+  if (error != cudaSuccess) return error;
+  return run("bulk_copy", 256, bulk_copy, map, numbers[8], numbers[9], static_cast<uint16_t*>(to));
 }
 extern "C" int probe_bulk_copy_bytes(const float* from, float* to) {
   return run("bulk_copy_bytes", 128, bulk_copy_bytes, from, to);
@@ -331,6 +320,9 @@ extern "C" int probe_cp_async(const float* from, float* to) {
 }
 extern "C" int probe_named_barrier(const float* from, float* to) {
   return run("named_barrier", 96, named_barrier, from, to);
+}
+extern "C" int probe_turns(const float* from, float* to) {
+  return run("turns", 64, turns, from, to);
 }
 extern "C" int probe_scalars(const float* from, float* powers, uint32_t* rounded) {
   return run("scalars", 32, scalars, from, powers, rounded);

@@ -121,8 +121,13 @@ def test_named_barrier(probe: Probe) -> None:
     assert torch.equal(traded, numbers.roll(32))
 
 
-# Numbered as in the descriptor.
-SWIZZLE = {128: 1, 32: 3}
+def test_turns(probe: Probe) -> None:
+    numbers = torch.randn(64)
+    assert torch.equal(probe("turns", numbers, torch.zeros(64))[1], numbers * 8)
+
+
+# Numbered as in the descriptor: 32 bytes.
+SWIZZLE = 3
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -144,72 +149,62 @@ def multiply(probe: Probe, name: str, a: Tensor, b: Tensor, columns: int, *field
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("row_bytes", SWIZZLE)
 @pytest.mark.parametrize("columns", [16, 32, 64, 128])
-def test_wgmma_along_rows(probe: Probe, columns: int, row_bytes: int, dtype: str) -> None:
+def test_wgmma_along_rows(probe: Probe, columns: int, dtype: str) -> None:
     """Both operands in shared memory, the depth along their rows."""
     skip_unless_hopper(probe)
-    depth = row_bytes // 2
-    a = torch.randint(-8, 9, (64, depth)).to(DTYPES[dtype])
-    b = torch.randint(-8, 9, (columns, depth)).to(DTYPES[dtype])
-    name = f"wgmma_ss_{columns}_{row_bytes}_{dtype}"
-    expect(probe, name, a, b, a.float() @ b.float().T, SWIZZLE[row_bytes], 8 * row_bytes, 16)
+    a = torch.randint(-8, 9, (64, 16)).to(DTYPES[dtype])
+    b = torch.randint(-8, 9, (columns, 16)).to(DTYPES[dtype])
+    expect(probe, f"wgmma_{columns}_{dtype}", a, b, a.float() @ b.float().T, 16, 0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("columns", "row_bytes"), [(192, 128), (64, 128), (16, 32)])
-def test_wgmma_down_panels(probe: Probe, columns: int, row_bytes: int, dtype: str) -> None:
+@pytest.mark.parametrize("columns", [16, 64, 208])
+def test_wgmma_down_panels(probe: Probe, columns: int, dtype: str) -> None:
     """The left operand in registers, the depth down the rows of the right one's panels."""
     skip_unless_hopper(probe)
     a = torch.randint(-8, 9, (64, 32)).to(DTYPES[dtype])
     b = torch.randint(-8, 9, (32, columns)).to(DTYPES[dtype])
-    name = f"wgmma_rs_{columns}_{row_bytes}_{dtype}"
-    panel = 32 * row_bytes if row_bytes == 128 else 16
-    expect(probe, name, a, b, a.float() @ b.float(), SWIZZLE[row_bytes], 8 * row_bytes, panel)
+    expect(probe, f"wgmma_{columns}_{dtype}", a, b, a.float() @ b.float(), 32 * 32, 1)
 
 
 def expect(
-    probe: Probe,
-    name: str,
-    a: Tensor,
-    b: Tensor,
-    exact: Tensor,
-    swizzle: int,
-    stride: int,
-    leading: int,
+    probe: Probe, name: str, a: Tensor, b: Tensor, exact: Tensor, leading: int, from_registers: int
 ) -> None:
     """On failure says which descriptor would have been right, if one is."""
-    columns = exact.shape[1]
-    if torch.equal(multiply(probe, name, a, b, columns, swizzle, stride, leading), exact):
+    columns, stride = exact.shape[1], 8 * 32
+    described = (SWIZZLE, stride, leading)
+    if torch.equal(multiply(probe, name, a, b, columns, *described, from_registers), exact):
         return
     right = [
         f"swizzle {mode}, stride {s}, leading {lead}"
         for mode in range(4)
-        for s in sorted({16, 128, 256, 512, 1024, 2048, stride, leading})
-        for lead in sorted({16, 128, 256, 512, 1024, 2048, stride, leading})
-        if torch.equal(multiply(probe, name, a, b, columns, mode, s, lead), exact)
+        for s in (16, 128, 256, 512, 1024, 2048)
+        for lead in (16, 128, 256, 512, 1024, 2048)
+        if torch.equal(multiply(probe, name, a, b, columns, mode, s, lead, from_registers), exact)
     ]
     pytest.fail(f"{name}: wrong; right with: {'; '.join(right) or 'no descriptor tried'}")
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("row_bytes", SWIZZLE)
-def test_bulk_copy(probe: Probe, row_bytes: int, dtype: str) -> None:
+def test_bulk_copy(probe: Probe) -> None:
     """Boxes inside, over each edge, and beyond: zeros where the tensor is not."""
     skip_unless_hopper(probe)
-    images, rows, columns, across = 2, 20, 72, row_bytes // 2
-    source = torch.randn(images, rows, columns).to(DTYPES[dtype])
-    padded = torch.nn.functional.pad(source, (0, 200, 0, 40))
-    for column, row, image in ((0, 0, 0), (8, 8, 1), (64, 16, 1), (128, 0, 0), (0, 24, 1)):
-        to = torch.full((8, across), float("nan"), dtype=source.dtype, device=probe.device)
-        numbers = (images, rows, columns, row_bytes, column, row, image)
-        described = torch.tensor(numbers, dtype=torch.int32)
+    images, panels, turns, groups, step = 2, 3, 3, 2, 4
+    source = torch.randint(1, 999, (images, panels, turns * step, 256), dtype=torch.int16)
+    # Of a turn the first two groups; then room for a box over the edge.
+    kept = source.view(images, panels, turns, step, 256)[:, :, :, :groups]
+    padded = torch.nn.functional.pad(kept, (0, 0, 0, 0, 0, 4, 0, 4))
+    for box_turns, box_panels, turn, image in ((2, 2, 0, 0), (1, 4, 1, 1), (4, 1, 2, 1)):
+        to = torch.zeros(2048, dtype=torch.int16, device=probe.device)
+        extents = (images, panels, turns, groups, turns * step, step)
+        described = torch.tensor((*extents, box_turns, box_panels, turn, image), dtype=torch.int32)
         from_ = source.to(probe.device)
         if probe.device == "cpu":
             probe._library.emulation_reset(0, 48 * 1024)
         pointers = [ctypes.c_void_p(t.data_ptr()) for t in (from_, to, described)]
-        assert getattr(probe._library, f"probe_bulk_copy_{dtype}")(*pointers) == 0
-        assert torch.equal(to.cpu(), padded[image, row : row + 8, column : column + across])
+        assert probe._library.probe_bulk_copy(*pointers) == 0
+        expected = padded[image, :box_panels, turn : turn + box_turns]
+        assert torch.equal(to.cpu(), expected.flatten())
 
 
 def test_bulk_copy_of_bytes(probe: Probe) -> None:
@@ -224,16 +219,3 @@ def test_grid_dependency(probe: Probe) -> None:
     skip_unless_hopper(probe)
     numbers, nothing = torch.randn(32), torch.full((32,), float("nan"))
     assert torch.equal(probe("grid_dependency", numbers, nothing, nothing)[2], numbers)
-
-
-def test_a_bulk_copy_starts_on_16_bytes(probe: Probe) -> None:
-    """The hardware calls anything else an illegal instruction, which would end this process."""
-    if probe.device == "cuda":
-        pytest.skip("the emulation's check, of what was seen on a GPU")
-    source, to = torch.zeros(1, 8, 72, dtype=torch.bfloat16), torch.zeros(8, 16)
-    described = torch.tensor((1, 8, 72, 32, 4, 0, 0), dtype=torch.int32)
-    probe._library.emulation_reset(0, 48 * 1024)
-    pointers = [ctypes.c_void_p(t.data_ptr()) for t in (source, to, described)]
-    probe._library.probe_bulk_copy_bf16(*pointers)
-    probe._library.emulation_error.restype = ctypes.c_char_p
-    assert b"does not start on 16 bytes" in probe._library.emulation_error()

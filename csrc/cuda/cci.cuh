@@ -34,6 +34,7 @@ template <class T>
 struct StatisticsParameters {
   Batch<T> x;
   float *row_max, *row_sum;
+  int channels;
   float factor;
 };
 
@@ -44,7 +45,7 @@ struct ForwardParameters {
   const float* eta;
   T *y, *b;
   const float *row_max, *row_sum;
-  int columns;
+  int channels, columns;
   float factor;
 };
 
@@ -57,7 +58,7 @@ struct BackwardParameters {
   // The gradient of eta, a share for each row.
   double* deta_rows;
   T *dx, *dv;
-  int positions, columns;
+  int channels, positions, columns;
   float scale, factor;
 };
 
@@ -80,7 +81,7 @@ template <class Products, class Number>
 __device__ void store_terms(const BackwardParameters<typename Products::Element>& p, int64_t image,
                             int row, const RowTerms& statistics, Number delta, Number deta) {
   if (lane_id() % 4) return;
-  const int rows = p.x.rows;
+  const int rows = p.channels;
   RowTerms& terms = p.terms[image * padded_rows(rows) + row];
   if (row < rows) {
     const int64_t i = image * rows + row;
@@ -135,14 +136,15 @@ struct Exchange {
 
 // Where is_wgmma(); backward, one where v is thin, one where v = x.
 template <class T>
-cudaError_t wgmma_forward(const Context& context, const Shape& shape, bool tied,
+cudaError_t wgmma_forward(const Context& context, const Shape& shape, const CciForward& arguments,
                           const StatisticsParameters<T>& statistics,
                           const ForwardParameters<T>& parameters);
 template <class T>
 cudaError_t wgmma_backward(const Context& context, const Shape& shape,
-                           const BackwardParameters<T>& parameters);
+                           const CciBackward& arguments, const BackwardParameters<T>& parameters);
 template <class T>
 cudaError_t wgmma_tied_backward(const Context& context, const Shape& shape,
+                                const CciBackward& arguments,
                                 const BackwardParameters<T>& parameters);
 
 }  // namespace cci

@@ -250,11 +250,17 @@ cudaError_t launch_backward(const Context& context, const Shape& shape,
 }
 
 template <class Products>
-cudaError_t backward(const Context& context, const Shape& shape, bool tied,
-                     const BackwardParameters<typename Products::Element>& p) {
+cudaError_t backward(const Context& context, const Shape& shape, const CciBackward& a,
+                     BackwardParameters<typename Products::Element> p) {
+  const bool tied = !a.v.data;
   if constexpr (sizeof(typename Products::Element) == 2)
     if (is_wgmma(context, shape, tied))
-      return tied ? wgmma_tied_backward(context, shape, p) : wgmma_backward(context, shape, p);
+      return tied ? wgmma_tied_backward(context, shape, a, p)
+                  : wgmma_backward(context, shape, a, p);
+  CIN_FAST_RETURN_IF_ERROR(aligned_batch(context, a.x, shape, shape.positions, &p.x));
+  CIN_FAST_RETURN_IF_ERROR(aligned_batch(context, a.dy, shape, p.columns, &p.dy));
+  p.v = p.x;
+  if (!tied) CIN_FAST_RETURN_IF_ERROR(aligned_batch(context, a.v, shape, p.columns, &p.v));
   const int row_blocks = divide_up(shape.channels, kBlockRows);
   CIN_FAST_RETURN_IF_ERROR(launch(context, "cci_terms", cci_terms_kernel<Products>,
                                   dim3(shape.batch * row_blocks), kBlockThreads,
@@ -283,15 +289,12 @@ cudaError_t cci_backward(const Context& context, Dtype dtype, const Shape& shape
     p.deta_rows = static_cast<double*>(context.allocate(context.owner, rows * sizeof(double)));
     p.dx = static_cast<T*>(a.dx);
     p.dv = static_cast<T*>(a.dv);
+    p.channels = shape.channels;
     p.positions = shape.positions;
     p.columns = a.v.data ? shape.columns : shape.positions;
     p.scale = scale;
     p.factor = softmax_factor<Products>(scale);
-    CIN_FAST_RETURN_IF_ERROR(aligned_batch(context, a.x, shape, shape.positions, &p.x));
-    CIN_FAST_RETURN_IF_ERROR(aligned_batch(context, a.dy, shape, p.columns, &p.dy));
-    p.v = p.x;
-    if (a.v.data) CIN_FAST_RETURN_IF_ERROR(aligned_batch(context, a.v, shape, p.columns, &p.v));
-    CIN_FAST_RETURN_IF_ERROR(cci::backward<Products>(context, shape, !a.v.data, p));
+    CIN_FAST_RETURN_IF_ERROR(cci::backward<Products>(context, shape, a, p));
     return launch(context, "cci_deta", cci::cci_deta_kernel, dim3(shape.batch), kGroupThreads, 128,
                   p.deta_rows, shape.channels, a.deta);
   });

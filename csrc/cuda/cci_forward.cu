@@ -97,12 +97,10 @@ cudaError_t launch_forward(const Context& context, const Shape& shape,
 }
 
 template <class Products>
-cudaError_t forward(const Context& context, const Shape& shape, bool tied,
+cudaError_t forward(const Context& context, const Shape& shape,
                     const StatisticsParameters<typename Products::Element>& statistics,
                     const ForwardParameters<typename Products::Element>& p) {
   using T = typename Products::Element;
-  if constexpr (sizeof(T) == 2)
-    if (is_wgmma(context, shape, tied)) return wgmma_forward(context, shape, tied, statistics, p);
   const int row_blocks = divide_up(shape.channels, kBlockRows);
   CIN_FAST_RETURN_IF_ERROR(launch(context, "cci_statistics", cci_statistics_kernel<Products>,
                                   dim3(shape.batch * row_blocks), kGroupThreads,
@@ -128,13 +126,17 @@ cudaError_t cci_forward(const Context& context, Dtype dtype, const Shape& shape,
     p.b = static_cast<T*>(a.b);
     p.row_max = a.row_max;
     p.row_sum = a.row_sum;
+    p.channels = shape.channels;
     p.columns = a.v.data ? shape.columns : shape.positions;
     p.factor = softmax_factor<Products>(scale);
+    cci::StatisticsParameters<T> statistics{{}, a.row_max, a.row_sum, p.channels, p.factor};
+    if constexpr (sizeof(T) == 2)
+      if (is_wgmma(context, shape, !a.v.data))
+        return cci::wgmma_forward(context, shape, a, statistics, p);
     CIN_FAST_RETURN_IF_ERROR(aligned_batch(context, a.x, shape, shape.positions, &p.x));
-    p.v = p.x;
+    statistics.x = p.v = p.x;
     if (a.v.data) CIN_FAST_RETURN_IF_ERROR(aligned_batch(context, a.v, shape, p.columns, &p.v));
-    return cci::forward<Products>(context, shape, !a.v.data, {p.x, a.row_max, a.row_sum, p.factor},
-                                  p);
+    return cci::forward<Products>(context, shape, statistics, p);
   });
 }
 

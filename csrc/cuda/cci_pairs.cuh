@@ -45,7 +45,7 @@ struct PairSums {
 
 template <class T>
 __device__ __forceinline__ const RowTerms* terms_of(const BackwardParameters<T>& p, int64_t image) {
-  return p.terms + image * padded_rows(p.x.rows);
+  return p.terms + image * padded_rows(p.channels);
 }
 
 // A lane's two rows in the sweep for gradients. Of two images [0] is one's own.

@@ -30,7 +30,7 @@ __global__ void __launch_bounds__(kPipelineThreads, 1)
   const Place block(row_blocks, kConsumerRows);
   const Pair pair(p.partner, block.image);
   if (pair.is_anothers()) return;
-  const int channels = p.x.rows, tiles = divide_up(channels, kWidth);
+  const int channels = p.channels, tiles = divide_up(channels, kWidth);
   SharedMemory shared;
   const typename Tiles::X x(shared, maps.x, pair.first, pair.second);
   const typename Tiles::V v(shared, maps.v, pair.first, pair.second);
@@ -54,8 +54,8 @@ __global__ void __launch_bounds__(kPipelineThreads, 1)
     ptx::wgmma_fence();
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      start_nt(s[i], x[i].rows, own_row, x[i][tile]);
-      start_nt(dy_v[i], dy[i].rows, own_row, v[i][tile]);
+      start_nt(s[i], x[i].rows_from(own_row), x[i][tile]);
+      start_nt(dy_v[i], dy[i].rows_from(own_row), v[i][tile]);
     }
     ptx::wgmma_commit();
     ptx::wgmma_wait<0>();
@@ -77,10 +77,11 @@ template <class T, int kColumns>
 struct BackwardTiles {
   static constexpr int kWidth = 64, kHalf = kWidth / 2, kStages = 2;
   using X = Both<Operand<T, kBlockRows, kWidth, kColumns, kStages>>;
-  using Thin = Both<Operand<T, kBlockRows, kWidth, kThin, kStages>>;
+  using V = Both<Operand<T, kBlockRows, kWidth, kThin, kStages>>;
+  using Dy = V;
   // dS and |M|, packed.
   using Weights = Trade<uint32_t, 2 * kHalf / 4>;
-  static constexpr size_t kSharedBytes = pipeline_bytes<kStages, X, Thin, Thin, Weights>();
+  static constexpr size_t kSharedBytes = pipeline_bytes<kStages, X, V, Dy, Weights>();
 };
 
 // Gives the other warp group both operands' elements, and takes its for their place.
@@ -113,11 +114,11 @@ __global__ void __launch_bounds__(kPipelineThreads, 1)
   const Place block(row_blocks, kBlockRows);
   const Pair pair(p.partner, block.image);
   if (pair.is_anothers()) return;
-  const int channels = p.x.rows, tiles = divide_up(channels, kWidth);
+  const int channels = p.channels, tiles = divide_up(channels, kWidth);
   SharedMemory shared;
   const typename Tiles::X x(shared, maps.x, pair.first, pair.second);
-  const typename Tiles::Thin v(shared, maps.v, pair.first, pair.second);
-  const typename Tiles::Thin dy(shared, maps.dy, pair.first, pair.second);
+  const typename Tiles::V v(shared, maps.v, pair.first, pair.second);
+  const typename Tiles::Dy dy(shared, maps.dy, pair.first, pair.second);
   const typename Tiles::Weights trade(shared);
   const Ring<kStages> ring(shared);
   if (is_producer()) return produce(ring, block.row, tiles, x, v, dy);
@@ -138,18 +139,18 @@ __global__ void __launch_bounds__(kPipelineThreads, 1)
     uint32_t ds[2][kHalf / 16][4], magnitudes[2][kHalf / 16][4];
     ring.wait(tile);
     ptx::wgmma_fence();
-    start_nt(s[0], own_x.rows, 0, own_x[tile], column);
-    start_nt(s[1], other_x.rows, 0, other_x[tile], column);
+    start_nt(s[0], own_x.rows_from(0), own_x[tile], column);
+    start_nt(s[1], other_x.rows_from(0), other_x[tile], column);
     // By parts: four thin products of all columns would not fit into the registers.
 #pragma unroll
     for (int part = 0; part < kHalf / 16; ++part) {
       float dm[2][2][4], dm_mirrored[2][2][4];
       const int at = column + part * 16, first = tile * kWidth + at;
       ptx::wgmma_fence();
-      start_nt(dm[0], own_dy.rows, 0, own_v[tile], at);
-      start_nt(dm[1], other_dy.rows, 0, other_v[tile], at);
-      start_nt(dm_mirrored[0], own_v.rows, 0, own_dy[tile], at);
-      start_nt(dm_mirrored[1], other_v.rows, 0, other_dy[tile], at);
+      start_nt(dm[0], own_dy.rows_from(0), own_v[tile], at);
+      start_nt(dm[1], other_dy.rows_from(0), other_v[tile], at);
+      start_nt(dm_mirrored[0], own_v.rows_from(0), own_dy[tile], at);
+      start_nt(dm_mirrored[1], other_v.rows_from(0), other_dy[tile], at);
       ptx::wgmma_commit();
       ptx::wgmma_wait<0>();
       contrast_gradients<2>({s[0] + part * 2, s[1] + part * 2}, dm,
@@ -174,39 +175,39 @@ __global__ void __launch_bounds__(kPipelineThreads, 1)
   }
   if (own == 1 && pair.is_single()) return;
   const int64_t first = images[0] * channels;
-  store_rows<Products>(p.dx + first * p.positions, acc, 1.f, 1.f, own_x.rows, 0, block.row,
+  store_rows<Products>(p.dx + first * p.positions, acc, 1.f, 1.f, own_x.rows_from(0), block.row,
                        channels, p.positions);
   store_tile<Products>(p.dv + first * p.columns, thin, 1.f, 1.f, block.row, channels, 0, p.columns);
 #endif
 }
 
-template <class T, int kColumns>
-cudaError_t launch_backward(const Context& context, const Shape& shape, const Maps& maps,
-                            const BackwardParameters<T>& p) {
-  CIN_FAST_RETURN_IF_ERROR(launch_row_blocks(context, shape, kConsumerRows, "cci_wgmma_terms",
-                                             cci_wgmma_terms_kernel<T, kColumns>,
-                                             TermsTiles<T, kColumns>::kSharedBytes, maps, p));
-  return launch_row_blocks(context, shape, kBlockRows, "cci_wgmma_backward",
-                           cci_wgmma_backward_kernel<T, kColumns>,
-                           BackwardTiles<T, kColumns>::kSharedBytes, maps, p);
-}
-
 }  // namespace
 
 template <class T>
-cudaError_t wgmma_backward(const Context& context, const Shape& shape,
+cudaError_t wgmma_backward(const Context& context, const Shape& shape, const CciBackward& a,
                            const BackwardParameters<T>& p) {
-  Maps maps{};
-  CIN_FAST_RETURN_IF_ERROR(encode_tile_maps(&maps.x, p.x, shape.batch));
-  CIN_FAST_RETURN_IF_ERROR(encode_tile_maps(&maps.v, p.v, shape.batch));
-  CIN_FAST_RETURN_IF_ERROR(encode_tile_maps(&maps.dy, p.dy, shape.batch));
-  return shape.positions <= kNarrow ? launch_backward<T, kNarrow>(context, shape, maps, p)
-                                    : launch_backward<T, kWide>(context, shape, maps, p);
+  Panels x, v, dy;
+  CIN_FAST_RETURN_IF_ERROR(own_panels(context, a.x, shape, shape.positions, &x));
+  CIN_FAST_RETURN_IF_ERROR(own_panels(context, a.v, shape, p.columns, &v));
+  CIN_FAST_RETURN_IF_ERROR(own_panels(context, a.dy, shape, p.columns, &dy));
+  return with_columns(shape, false, [&]<int kColumns, bool>() {
+    const auto start = [&]<class Tiles>(const char* name, int rows, auto kernel) {
+      Maps maps{};
+      CIN_FAST_RETURN_IF_ERROR(Tiles::X::encode(&maps.x, x));
+      CIN_FAST_RETURN_IF_ERROR(Tiles::V::encode(&maps.v, v));
+      CIN_FAST_RETURN_IF_ERROR(Tiles::Dy::encode(&maps.dy, dy));
+      return launch_row_blocks(context, shape, rows, name, kernel, Tiles::kSharedBytes, maps, p);
+    };
+    CIN_FAST_RETURN_IF_ERROR((start.template operator()<TermsTiles<T, kColumns>>(
+        "cci_wgmma_terms", kConsumerRows, cci_wgmma_terms_kernel<T, kColumns>)));
+    return start.template operator()<BackwardTiles<T, kColumns>>(
+        "cci_wgmma_backward", kBlockRows, cci_wgmma_backward_kernel<T, kColumns>);
+  });
 }
 
-template cudaError_t wgmma_backward(const Context&, const Shape&,
+template cudaError_t wgmma_backward(const Context&, const Shape&, const CciBackward&,
                                     const BackwardParameters<__nv_bfloat16>&);
-template cudaError_t wgmma_backward(const Context&, const Shape&,
+template cudaError_t wgmma_backward(const Context&, const Shape&, const CciBackward&,
                                     const BackwardParameters<__half>&);
 
 }  // namespace cci

@@ -26,7 +26,7 @@ __global__ void __launch_bounds__(kPipelineThreads, 1)
   using Tiles = StatisticsTiles<T, kColumns>;
   constexpr int kWidth = Tiles::kWidth;
   const Place block(row_blocks, kConsumerRows);
-  const int channels = p.x.rows;
+  const int channels = p.channels;
   const Walk walk(divide_up(channels, kWidth), block.row / kWidth);
   SharedMemory shared;
   const typename Tiles::X x(shared, maps.x, block.image);
@@ -40,7 +40,7 @@ __global__ void __launch_bounds__(kPipelineThreads, 1)
     float s[kWidth / 8][4], shrink[2];
     ring.wait(i);
     ptx::wgmma_fence();
-    start_nt(s, x.rows, own_row, x[i]);
+    start_nt(s, x.rows_from(own_row), x[i]);
     ptx::wgmma_commit();
     ptx::wgmma_wait<0>();
     ring.release(i);
@@ -100,7 +100,7 @@ __global__ void __launch_bounds__(kPipelineThreads, 1)
   const Place block(row_blocks, kConsumerRows);
   const Pair pair(p.partner, block.image);
   if (pair.is_anothers()) return;
-  const int channels = p.x.rows, tiles = divide_up(channels, kWidth);
+  const int channels = p.channels, tiles = divide_up(channels, kWidth);
   SharedMemory shared;
   const typename Tiles::X x(shared, maps.x, pair.first, pair.second);
   const typename Tiles::V v(shared, maps.v, pair.first, pair.second);
@@ -124,7 +124,7 @@ __global__ void __launch_bounds__(kPipelineThreads, 1)
     ring.wait(tile);
     ptx::wgmma_fence();
 #pragma unroll
-    for (int i = 0; i < 2; ++i) start_nt(weights[i], x[i].rows, own_row, x[i][tile]);
+    for (int i = 0; i < 2; ++i) start_nt(weights[i], x[i].rows_from(own_row), x[i][tile]);
     ptx::wgmma_commit();
     ptx::wgmma_wait<0>();
 #pragma unroll
@@ -189,7 +189,7 @@ __global__ void __launch_bounds__(kPipelineThreads, 1)
   constexpr int kWidth = Tiles::kWidth, kStages = Tiles::kStages;
   const Place block(row_blocks, kBlockRows);
   const Pair pair(p.partner, block.image);
-  const int channels = p.x.rows, tiles = divide_up(channels, kWidth);
+  const int channels = p.channels, tiles = divide_up(channels, kWidth);
   SharedMemory shared;
   const typename Tiles::X x(shared, maps.x, pair.first, pair.second);
   const typename Tiles::Weights trade(shared);
@@ -213,7 +213,7 @@ __global__ void __launch_bounds__(kPipelineThreads, 1)
   ptx::mbarrier_wait(ring.rows_full, 0);
   ring.wait(0);
   ptx::wgmma_fence();
-  start_nt(s, own_x.rows, 0, own_x[0]);
+  start_nt(s, own_x.rows_from(0), own_x[0]);
   ptx::wgmma_commit();
   ptx::wgmma_wait<0>();
   weigh(0);
@@ -222,7 +222,7 @@ __global__ void __launch_bounds__(kPipelineThreads, 1)
   for (int tile = 1; tile < tiles; ++tile) {
     ring.wait(tile);
     ptx::wgmma_fence();
-    start_nt(s, own_x.rows, 0, own_x[tile]);
+    start_nt(s, own_x.rows_from(0), own_x[tile]);
     ptx::wgmma_commit();
     start_nn(acc, weights, x.first[tile - 1]);
     ptx::wgmma_commit();
@@ -237,39 +237,46 @@ __global__ void __launch_bounds__(kPipelineThreads, 1)
   ptx::wgmma_commit();
   ptx::wgmma_wait<0>();
   T* to = (own == 0 ? p.y : p.b) + static_cast<int64_t>(block.image) * channels * p.columns;
-  store_rows<Products>(to, acc, 1.f, 1.f, own_x.rows, 0, block.row, channels, p.columns);
+  store_rows<Products>(to, acc, 1.f, 1.f, own_x.rows_from(0), block.row, channels, p.columns);
 #endif
 }
 
 }  // namespace
 
 template <class T>
-cudaError_t wgmma_forward(const Context& context, const Shape& shape, bool tied,
+cudaError_t wgmma_forward(const Context& context, const Shape& shape, const CciForward& a,
                           const StatisticsParameters<T>& statistics,
                           const ForwardParameters<T>& p) {
-  Maps maps{};
-  CIN_FAST_RETURN_IF_ERROR(encode_tile_maps(&maps.x, p.x, shape.batch));
-  CIN_FAST_RETURN_IF_ERROR(encode_tile_maps(&maps.v, p.v, shape.batch));
-  return with_columns(shape, tied, [&]<int kColumns, bool kTied>() {
-    CIN_FAST_RETURN_IF_ERROR(
-        launch_row_blocks(context, shape, kConsumerRows, "cci_wgmma_statistics",
-                          cci_wgmma_statistics_kernel<T, kColumns>,
-                          StatisticsTiles<T, kColumns>::kSharedBytes, maps, statistics));
-    if constexpr (kTied)
+  Panels x, v;
+  CIN_FAST_RETURN_IF_ERROR(own_panels(context, a.x, shape, shape.positions, &x));
+  if (a.v.data) CIN_FAST_RETURN_IF_ERROR(own_panels(context, a.v, shape, p.columns, &v));
+  return with_columns(shape, !a.v.data, [&]<int kColumns, bool kTied>() {
+    using Statistics = StatisticsTiles<T, kColumns>;
+    Maps maps{};
+    CIN_FAST_RETURN_IF_ERROR(Statistics::X::encode(&maps.x, x));
+    CIN_FAST_RETURN_IF_ERROR(launch_row_blocks(
+        context, shape, kConsumerRows, "cci_wgmma_statistics",
+        cci_wgmma_statistics_kernel<T, kColumns>, Statistics::kSharedBytes, maps, statistics));
+    if constexpr (kTied) {
+      using Tiles = TiedTiles<T, kColumns>;
+      CIN_FAST_RETURN_IF_ERROR(Tiles::X::encode(&maps.x, x));
       return launch_row_blocks(context, shape, kBlockRows, "cci_wgmma_tied_forward",
-                               cci_wgmma_tied_forward_kernel<T, kColumns>,
-                               TiedTiles<T, kColumns>::kSharedBytes, maps, p);
-    else
+                               cci_wgmma_tied_forward_kernel<T, kColumns>, Tiles::kSharedBytes,
+                               maps, p);
+    } else {
+      using Tiles = ForwardTiles<T, kColumns>;
+      CIN_FAST_RETURN_IF_ERROR(Tiles::X::encode(&maps.x, x));
+      CIN_FAST_RETURN_IF_ERROR(Tiles::V::encode(&maps.v, v));
       return launch_row_blocks(context, shape, kConsumerRows, "cci_wgmma_forward",
-                               cci_wgmma_forward_kernel<T, kColumns>,
-                               ForwardTiles<T, kColumns>::kSharedBytes, maps, p);
+                               cci_wgmma_forward_kernel<T, kColumns>, Tiles::kSharedBytes, maps, p);
+    }
   });
 }
 
-template cudaError_t wgmma_forward(const Context&, const Shape&, bool,
+template cudaError_t wgmma_forward(const Context&, const Shape&, const CciForward&,
                                    const StatisticsParameters<__nv_bfloat16>&,
                                    const ForwardParameters<__nv_bfloat16>&);
-template cudaError_t wgmma_forward(const Context&, const Shape&, bool,
+template cudaError_t wgmma_forward(const Context&, const Shape&, const CciForward&,
                                    const StatisticsParameters<__half>&,
                                    const ForwardParameters<__half>&);
 

@@ -9,12 +9,16 @@ namespace cin_fast {
 namespace cci {
 namespace {
 
+// Rows of x, then as many of dY.
+constexpr int kStackedTurn = 16;
+
 template <class T, int kColumns>
 struct TermsTiles {
   // A tile is one warp group's: while the one multiplies, the other's next tile comes.
   static constexpr int kWidth = 64, kStages = kConsumers, kReaders = 1;
-  using X = Both<Operand<T, kBlockRows, kWidth, kColumns, kStages>>;
-  using Dy = Both<Operand<T, kBlockRows, kWidth, kColumns, 0>>;
+  using X = Both<Operand<T, kBlockRows, kWidth, kColumns, kStages, kWidth, kStackedTurn>>;
+  using Dy = Both<Operand<T, kBlockRows, kWidth, kColumns, 0, kWidth, kStackedTurn>>;
+  using XDy = Both<Stacked<T, kWidth, kColumns, 0>>;
   // delta and what goes to eta's gradient, of a lane's two rows.
   using Sums = Trade<float, 4>;
   static constexpr size_t kSharedBytes = pipeline_bytes<kStages, X, Dy, Sums>();
@@ -32,7 +36,7 @@ __global__ void __launch_bounds__(kPipelineThreads, 1)
   const Place block(row_blocks, kBlockRows);
   const Pair pair(p.partner, block.image);
   if (pair.is_anothers()) return;
-  const int channels = p.x.rows, tiles = divide_up(channels, kWidth);
+  const int channels = p.channels, tiles = divide_up(channels, kWidth);
   SharedMemory shared;
   const typename Tiles::X x(shared, maps.x, pair.first, pair.second);
   const typename Tiles::Dy dy(shared, maps.dy, pair.first, pair.second);
@@ -56,8 +60,8 @@ __global__ void __launch_bounds__(kPipelineThreads, 1)
     ptx::wgmma_fence();
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      start_nt(s[i], x[i].rows, 0, x[i][tile]);
-      start_nt(dy_x[i], dy[i].rows, 0, x[i][tile]);
+      start_nt(s[i], x[i].rows_from(0), x[i][tile]);
+      start_nt(dy_x[i], dy[i].rows_from(0), x[i][tile]);
     }
     ptx::wgmma_commit();
     ptx::wgmma_wait<0>();
@@ -91,13 +95,15 @@ __global__ void __launch_bounds__(kPipelineThreads, 1)
 template <class T, int kColumns>
 struct BackwardTiles {
   static constexpr int kWidth = 32, kHalf = kWidth / 2, kStages = 2;
-  using Rows = Both<Operand<T, kBlockRows, kWidth, kColumns, 0, kHalf>>;
-  using XDy = Both<Stacked<T, kWidth, kColumns, kStages, kHalf>>;
+  static_assert(kHalf == kStackedTurn, "a consumer's columns are a turn");
+  using X = Both<Operand<T, kBlockRows, kWidth, kColumns, 0, kBlockRows, kStackedTurn>>;
+  using Dy = X;
+  using XDy = Both<Stacked<T, kWidth, kColumns, kStages>>;
   using Terms = PassingTerms<kWidth, kStages>;
   // dS and |M|, packed.
   using Weights = Trade<uint32_t, 8>;
   static constexpr size_t kSharedBytes =
-      pipeline_bytes<kStages, Rows, Rows, XDy, Terms, Terms, Weights>();
+      pipeline_bytes<kStages, X, Dy, XDy, Terms, Terms, Weights>();
 };
 
 // One image's weights as left operands: dS, which goes with rows of x, then |M|, with rows of dY.
@@ -135,11 +141,11 @@ __global__ void __launch_bounds__(kPipelineThreads, 1)
   const Place block(row_blocks, kBlockRows);
   const Pair pair(p.partner, block.image);
   if (pair.is_anothers()) return;
-  const int channels = p.x.rows, tiles = divide_up(channels, kWidth);
+  const int channels = p.channels, tiles = divide_up(channels, kWidth);
   SharedMemory shared;
-  const typename Tiles::Rows x(shared, maps.x, pair.first, pair.second);
-  const typename Tiles::Rows dy(shared, maps.dy, pair.first, pair.second);
-  const typename Tiles::XDy x_dy(shared, maps.x, maps.dy, pair.first, pair.second);
+  const typename Tiles::X x(shared, maps.x, pair.first, pair.second);
+  const typename Tiles::Dy dy(shared, maps.dy, pair.first, pair.second);
+  const typename Tiles::XDy x_dy(shared, maps.both, pair.first, pair.second);
   const typename Tiles::Terms first_terms(shared, terms_of(p, pair.first));
   const typename Tiles::Terms second_terms(shared, terms_of(p, pair.second));
   const typename Tiles::Weights trade(shared);
@@ -149,8 +155,8 @@ __global__ void __launch_bounds__(kPipelineThreads, 1)
   ptx::setmaxnreg_inc<kConsumerRegisters>();
   // From here on image 0 is this warp group's own, image 1 its partner.
   const int own = consumer_row() / kBlockRows;
-  const auto own_x = x[own].rows, other_x = x[1 - own].rows;
-  const auto own_dy = dy[own].rows, other_dy = dy[1 - own].rows;
+  const auto own_x = x[own].rows_from(0), other_x = x[1 - own].rows_from(0);
+  const auto own_dy = dy[own].rows_from(0), other_dy = dy[1 - own].rows_from(0);
   const auto own_tiles = x_dy[own], other_tiles = x_dy[1 - own];
   const auto own_terms = own == 0 ? first_terms : second_terms;
   const auto other_terms = own == 0 ? second_terms : first_terms;
@@ -173,10 +179,10 @@ __global__ void __launch_bounds__(kPipelineThreads, 1)
     uint32_t for_partner[kHalf / 8][4];
     ring.wait(tile);
     ptx::wgmma_fence();
-    start_nt(s[0], own_x, 0, own_tiles[tile], mine);
-    start_nt(s[1], other_x, 0, other_tiles[tile], mine);
-    start_nt(dm[0], own_dy, 0, own_tiles[tile], mine);
-    start_nt(dm[1], other_dy, 0, other_tiles[tile], mine);
+    start_nt(s[0], own_x, own_tiles[tile], mine);
+    start_nt(s[1], other_x, other_tiles[tile], mine);
+    start_nt(dm[0], own_dy, own_tiles[tile], mine);
+    start_nt(dm[1], other_dy, other_tiles[tile], mine);
     ptx::wgmma_commit();
     start_sums(tile > 0 ? tile - 1 : 0);
     ptx::wgmma_wait<1>();
@@ -194,41 +200,38 @@ __global__ void __launch_bounds__(kPipelineThreads, 1)
   start_sums(tiles - 1);
   ptx::wgmma_wait<0>();
   if (own == 1 && pair.is_single()) return;
-  store_rows<Products>(p.dx + pair.image(own) * channels * p.positions, acc, 1.f, 1.f, own_x, 0,
+  store_rows<Products>(p.dx + pair.image(own) * channels * p.positions, acc, 1.f, 1.f, own_x,
                        block.row, channels, p.positions);
 #endif
-}
-
-template <class T, int kColumns>
-cudaError_t launch_backward(const Context& context, const Shape& shape,
-                            const BackwardParameters<T>& p) {
-  using Terms = TermsTiles<T, kColumns>;
-  using Backward = BackwardTiles<T, kColumns>;
-  Maps maps{};
-  CIN_FAST_RETURN_IF_ERROR(encode_tile_maps(&maps.x, p.x, shape.batch));
-  CIN_FAST_RETURN_IF_ERROR(encode_tile_maps(&maps.dy, p.dy, shape.batch));
-  CIN_FAST_RETURN_IF_ERROR(launch_row_blocks(context, shape, kBlockRows, "cci_wgmma_tied_terms",
-                                             cci_wgmma_tied_terms_kernel<T, kColumns>,
-                                             Terms::kSharedBytes, maps, p));
-  CIN_FAST_RETURN_IF_ERROR(encode_tile_maps(&maps.x, p.x, shape.batch, Backward::kHalf));
-  CIN_FAST_RETURN_IF_ERROR(encode_tile_maps(&maps.dy, p.dy, shape.batch, Backward::kHalf));
-  return launch_row_blocks(context, shape, kBlockRows, "cci_wgmma_tied_backward",
-                           cci_wgmma_tied_backward_kernel<T, kColumns>, Backward::kSharedBytes,
-                           maps, p);
 }
 
 }  // namespace
 
 template <class T>
-cudaError_t wgmma_tied_backward(const Context& context, const Shape& shape,
+cudaError_t wgmma_tied_backward(const Context& context, const Shape& shape, const CciBackward& a,
                                 const BackwardParameters<T>& p) {
-  return shape.positions <= kNarrow ? launch_backward<T, kNarrow>(context, shape, p)
-                                    : launch_backward<T, kWide>(context, shape, p);
+  StackedPanels x_dy;
+  CIN_FAST_RETURN_IF_ERROR(
+      stacked_panels(context, a.x, a.dy, shape, shape.positions, kStackedTurn, &x_dy));
+  return with_columns(shape, true, [&]<int kColumns, bool>() {
+    const auto start = [&]<class Tiles>(const char* name, auto kernel) {
+      Maps maps{};
+      CIN_FAST_RETURN_IF_ERROR(Tiles::X::encode(&maps.x, x_dy.first));
+      CIN_FAST_RETURN_IF_ERROR(Tiles::Dy::encode(&maps.dy, x_dy.second));
+      CIN_FAST_RETURN_IF_ERROR(Tiles::XDy::encode(&maps.both, x_dy.both));
+      return launch_row_blocks(context, shape, kBlockRows, name, kernel, Tiles::kSharedBytes, maps,
+                               p);
+    };
+    CIN_FAST_RETURN_IF_ERROR((start.template operator()<TermsTiles<T, kColumns>>(
+        "cci_wgmma_tied_terms", cci_wgmma_tied_terms_kernel<T, kColumns>)));
+    return start.template operator()<BackwardTiles<T, kColumns>>(
+        "cci_wgmma_tied_backward", cci_wgmma_tied_backward_kernel<T, kColumns>);
+  });
 }
 
-template cudaError_t wgmma_tied_backward(const Context&, const Shape&,
+template cudaError_t wgmma_tied_backward(const Context&, const Shape&, const CciBackward&,
                                          const BackwardParameters<__nv_bfloat16>&);
-template cudaError_t wgmma_tied_backward(const Context&, const Shape&,
+template cudaError_t wgmma_tied_backward(const Context&, const Shape&, const CciBackward&,
                                          const BackwardParameters<__half>&);
 
 }  // namespace cci

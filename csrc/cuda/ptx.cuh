@@ -133,9 +133,9 @@ __device__ __forceinline__ void grid_dependency_wait() {
 
 // And this is sm_90a's own.
 
-// Numbered as in wgmma's descriptors. 16-byte pieces trade places within 8 rows of 128 bytes, or of
-// 32: address bits 7 to 9 are added to bits 4 to 6 (bit 7 to bit 4), modulo 2.
-enum class Swizzle { k128Bytes = 1, k32Bytes = 3 };
+// The number of wgmma's swizzle of 32 bytes in its descriptors: in each 8 rows of 32 bytes, address
+// bit 7 is added to bit 4, modulo 2.
+constexpr uint32_t kSwizzle32Bytes = 3;
 
 // What a bulk tensor copy knows of a tensor in global memory: made by encode_tensor_map().
 using TensorMap = CUtensorMap;
@@ -176,14 +176,14 @@ __device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, int parity) {
       : "memory");
 }
 
-// Copies the map's box at (column, row, image) into shared memory, zeros beyond the tensor's edges;
-// the barrier hears of every byte.
-__device__ __forceinline__ void bulk_copy_3d(void* destination, const TensorMap* map,
-                                             uint64_t* barrier, int column, int row, int image) {
+// Copies the map's box at (turn, image) into shared memory, zeros beyond the tensor's edges; the
+// barrier hears of every byte.
+__device__ __forceinline__ void bulk_copy_5d(void* destination, const TensorMap* map,
+                                             uint64_t* barrier, int turn, int image) {
   asm volatile(
-      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
-      "[%0], [%1, {%3, %4, %5}], [%2];\n" ::"r"(shared_address(destination)),
-      "l"(map), "r"(shared_address(barrier)), "r"(column), "r"(row), "r"(image)
+      "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%3, %3, %4, %3, %5}], [%2];\n" ::"r"(shared_address(destination)),
+      "l"(map), "r"(shared_address(barrier)), "r"(0), "r"(turn), "r"(image)
       : "memory");
 }
 
@@ -262,12 +262,13 @@ __device__ __forceinline__ void wgmma_wait_behind(float known) {
 #define NAMES_64 NAMES_60 ", %60, %61, %62, %63"
 #define NAMES_60 TEN() ", " TEN(1) ", " TEN(2) ", " TEN(3) ", " TEN(4) ", " TEN(5)
 #define NAMES_96 NAMES_60 ", " TEN(6) ", " TEN(7) ", " TEN(8) ", %90, %91, %92, %93, %94, %95"
+#define NAMES_104 NAMES_96 ", %96, %97, %98, %99, %100, %101, %102, %103"
 #define SUMS_4(n) "+f"(d[n][0]), "+f"(d[n][1]), "+f"(d[n][2]), "+f"(d[n][3])
 #define SUMS_8(n) SUMS_4(n), SUMS_4(n + 1)
 #define SUMS_16(n) SUMS_8(n), SUMS_8(n + 2)
 #define SUMS_32(n) SUMS_16(n), SUMS_16(n + 4)
 #define SUMS_64(n) SUMS_32(n), SUMS_32(n + 8)
-#define SUMS_96(n) SUMS_64(n), SUMS_32(n + 16)
+#define SUMS_104(n) SUMS_64(n), SUMS_32(n + 16), SUMS_8(n + 24)
 
 // D (64 x kColumns) (+)= A (64 x 16) B (16 x kColumns); a lane holds D as mma.sync's, its warp
 // sixteen rows. In wgmma_ss descriptors give A's rows and B's columns, sixteen elements each; in
@@ -305,18 +306,19 @@ __device__ void wgmma_rs(float (*d)[4], const uint32_t (&a)[4], uint64_t b);
   WGMMA_SS(T, TYPE, 128, 64, 64, 65, 66)        \
   WGMMA_RS(T, TYPE, 16, 8, 8, 9, 10, 11, 12)    \
   WGMMA_RS(T, TYPE, 64, 32, 32, 33, 34, 35, 36) \
-  WGMMA_RS(T, TYPE, 192, 96, 96, 97, 98, 99, 100)
+  WGMMA_RS(T, TYPE, 208, 104, 104, 105, 106, 107, 108)
 WGMMA(__nv_bfloat16, "bf16")
 WGMMA(__half, "f16")
 #undef WGMMA
 #undef WGMMA_RS
 #undef WGMMA_SS
-#undef SUMS_96
+#undef SUMS_104
 #undef SUMS_64
 #undef SUMS_32
 #undef SUMS_16
 #undef SUMS_8
 #undef SUMS_4
+#undef NAMES_104
 #undef NAMES_96
 #undef NAMES_60
 #undef NAMES_64
@@ -327,11 +329,18 @@ WGMMA(__half, "f16")
 
 }  // namespace ptx
 
-// Of (images, rows, columns) elements, rows `pitch` elements apart: both they and the tensor start
-// on 16 bytes. A copy takes box_rows x box_columns of one image.
-template <class T>
-cudaError_t encode_tensor_map(ptx::TensorMap* map, const T* data, int images, int rows, int columns,
-                              int64_t pitch, int box_rows, int box_columns, ptx::Swizzle swizzle) {
+// Of panels, 16 16-bit elements wide, in groups of 16 rows: `groups` one after another make a turn;
+// turns are `step` groups apart, panels `height`. A copy takes box_turns of box_panels of one image.
+struct PanelExtents {
+  int images, panels, turns, groups;
+};
+struct PanelStrides {
+  int height, step;
+};
+
+inline cudaError_t encode_tensor_map(ptx::TensorMap* map, const void* data,
+                                     const PanelExtents& extents, const PanelStrides& strides,
+                                     int box_turns, int box_panels) {
   // The driver's function, found at run time: a machine without a driver can load this library.
   void* found = nullptr;
   cudaDriverEntryPointQueryResult status;
@@ -339,19 +348,22 @@ cudaError_t encode_tensor_map(ptx::TensorMap* map, const T* data, int images, in
                                                              12000, cudaEnableDefault, &status);
   if (error != cudaSuccess) return error;
   if (status != cudaDriverEntryPointSuccess) return cudaErrorNotSupported;
-  const cuuint64_t extents[3] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows),
-                                 static_cast<cuuint64_t>(images)};
-  const cuuint64_t strides[2] = {pitch * sizeof(T), rows * pitch * sizeof(T)};
-  const cuuint32_t box[3] = {static_cast<cuuint32_t>(box_columns),
-                             static_cast<cuuint32_t>(box_rows), 1};
-  const cuuint32_t steps[3] = {1, 1, 1};
-  const bool is_half = std::is_same<T, __half>::value;
+  constexpr int kElements = 256;
+  constexpr cuuint64_t kBytes = 2 * kElements;
+  const auto wide = [](int number) { return static_cast<cuuint64_t>(number); };
+  const auto narrow = [](int number) { return static_cast<cuuint32_t>(number); };
+  const cuuint64_t sizes[5] = {kElements, wide(extents.groups), wide(extents.turns),
+                               wide(extents.panels), wide(extents.images)};
+  const cuuint64_t bytes[4] = {kBytes, kBytes * strides.step, kBytes * strides.height,
+                               kBytes * strides.height * extents.panels};
+  const cuuint32_t box[5] = {kElements, narrow(extents.groups), narrow(box_turns),
+                             narrow(box_panels), 1};
+  const cuuint32_t steps[5] = {1, 1, 1, 1, 1};
   const auto encode = reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(found);
-  const CUresult result = encode(
-      map, is_half ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3,
-      const_cast<T*>(data), extents, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-      swizzle == ptx::Swizzle::k128Bytes ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_32B,
-      CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const CUresult result =
+      encode(map, CU_TENSOR_MAP_DATA_TYPE_UINT16, 5, const_cast<void*>(data), sizes, bytes, box,
+             steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_NONE,
+             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 

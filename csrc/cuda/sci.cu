@@ -186,7 +186,6 @@ template <class Products>
 cudaError_t forward(const Context& context, const Shape& shape, bool tied,
                     const ForwardParameters<typename Products::Element>& p) {
   if constexpr (sizeof(typename Products::Element) == 2) {
-    if (is_wgmma(context, shape, tied)) return wgmma_forward(context, shape, tied, p);
     if (is_resident(context, shape, tied)) return resident_forward(context, shape, tied, p);
   }
   return p.columns <= kThin ? launch_forward<Products, kThin>(context, shape, p)
@@ -198,7 +197,6 @@ cudaError_t backward(const Context& context, const Shape& shape, bool tied,
                      const TermsParameters<typename Products::Element>& terms,
                      const BackwardParameters<typename Products::Element>& p) {
   if constexpr (sizeof(typename Products::Element) == 2) {
-    if (is_wgmma(context, shape, tied)) return wgmma_backward(context, shape, tied, terms, p);
     if (is_resident(context, shape, tied)) {
       CIN_FAST_RETURN_IF_ERROR(resident_terms(context, shape, tied, terms));
       return resident_backward(context, shape, tied, p);
@@ -224,7 +222,10 @@ cudaError_t sci_forward(const Context& context, Dtype dtype, const Shape& shape,
     p.row_max = a.row_max;
     p.row_sum = a.row_sum;
     p.factor = softmax_factor<Products>(scale);
+    p.channels = shape.channels;
     p.columns = a.v.data ? shape.columns : shape.positions;
+    if constexpr (sizeof(T) == 2)
+      if (is_wgmma(context, shape, !a.v.data)) return sci::wgmma_forward(context, shape, a, p);
     CIN_FAST_RETURN_IF_ERROR(aligned_batch(context, a.x, shape, shape.positions, &p.x));
     p.v = p.x;
     if (a.v.data) CIN_FAST_RETURN_IF_ERROR(aligned_batch(context, a.v, shape, p.columns, &p.v));
@@ -244,16 +245,28 @@ cudaError_t sci_backward(const Context& context, Dtype dtype, const Shape& shape
     p.terms = terms;
     p.dx = static_cast<T*>(a.dx);
     p.dv = static_cast<T*>(a.dv);
+    p.channels = shape.channels;
     p.positions = shape.positions;
     p.columns = a.v.data ? shape.columns : shape.positions;
     p.scale = scale;
     p.factor = softmax_factor<Products>(scale);
+    sci::TermsParameters<T> for_terms{};
+    for_terms.row_max = a.row_max;
+    for_terms.row_sum = a.row_sum;
+    for_terms.terms = terms;
+    for_terms.channels = shape.channels;
+    for_terms.factor = p.factor;
+    if constexpr (sizeof(T) == 2)
+      if (is_wgmma(context, shape, !a.v.data))
+        return sci::wgmma_backward(context, shape, a, for_terms, p);
     CIN_FAST_RETURN_IF_ERROR(aligned_batch(context, a.x, shape, shape.positions, &p.x));
     CIN_FAST_RETURN_IF_ERROR(aligned_batch(context, a.dy, shape, p.columns, &p.dy));
     p.v = p.x;
     if (a.v.data) CIN_FAST_RETURN_IF_ERROR(aligned_batch(context, a.v, shape, p.columns, &p.v));
-    return sci::backward<Products>(context, shape, !a.v.data,
-                                   {p.dy, p.x, p.v, a.row_max, a.row_sum, terms, p.factor}, p);
+    for_terms.x = p.x;
+    for_terms.v = p.v;
+    for_terms.dy = p.dy;
+    return sci::backward<Products>(context, shape, !a.v.data, for_terms, p);
   });
 }
 

@@ -11,7 +11,7 @@ struct ForwardParameters {
   Batch<T> x, v;
   T* y;
   float *row_max, *row_sum;
-  int columns;
+  int channels, columns;
   float factor;
 };
 
@@ -20,6 +20,7 @@ struct TermsParameters {
   Batch<T> dy, x, v;
   const float *row_max, *row_sum;
   RowTerms* terms;
+  int channels;
   float factor;
 };
 
@@ -75,7 +76,7 @@ struct BackwardParameters {
   Batch<T> dy, x, v;
   const RowTerms* terms;
   T *dx, *dv;
-  int positions, columns;
+  int channels, positions, columns;
   float scale, factor;
 };
 
@@ -126,11 +127,11 @@ cudaError_t resident_backward(const Context& context, const Shape& shape, bool t
 
 // Where is_wgmma().
 template <class T>
-cudaError_t wgmma_forward(const Context& context, const Shape& shape, bool tied,
+cudaError_t wgmma_forward(const Context& context, const Shape& shape, const SciForward& arguments,
                           const ForwardParameters<T>& parameters);
 template <class T>
-cudaError_t wgmma_backward(const Context& context, const Shape& shape, bool tied,
-                           const TermsParameters<T>& terms,
+cudaError_t wgmma_backward(const Context& context, const Shape& shape,
+                           const SciBackward& arguments, const TermsParameters<T>& terms,
                            const BackwardParameters<T>& parameters);
 
 }  // namespace sci

@@ -51,12 +51,13 @@ __device__ __forceinline__ void sum_up(float (&acc)[M][4], RunningSoftmax<HalfPr
                                        const Ring& ring, const X& x, int row, const Values& values,
                                        int column, const Walk& walk, int channels) {
   constexpr int kWidth = X::Passing::kRows;
+  const auto rows = x.rows_from(row);
   const Turns turns;
   float s[kSpan / 8][4], shrink[2];
   uint32_t weights[kSpan / 16][4];
   ring.wait(0);
   ptx::wgmma_fence();
-  start_nt(s, x.rows, row, x[0], column);
+  start_nt(s, rows, x[0], column);
   ptx::wgmma_commit();
   ptx::wgmma_wait<0>();
   softmax.weigh(s, shrink, channels - walk[0] * kWidth - column);
@@ -66,7 +67,7 @@ __device__ __forceinline__ void sum_up(float (&acc)[M][4], RunningSoftmax<HalfPr
     ring.wait(i);
     turns.begin();
     ptx::wgmma_fence();
-    start_nt(s, x.rows, row, x[i], column);
+    start_nt(s, rows, x[i], column);
     ptx::wgmma_commit();
     start_nn(acc, weights, values[i - 1], column);
     ptx::wgmma_commit();
@@ -96,7 +97,7 @@ __global__ void __launch_bounds__(kPipelineThreads, 1)
   using Tiles = ForwardTiles<T, kColumns, kTied>;
   constexpr int kWidth = Tiles::kWidth;
   const Place block(blocks);
-  const int channels = p.x.rows;
+  const int channels = p.channels;
   const Walk walk(divide_up(channels, kWidth), block.row / kWidth);
   SharedMemory shared;
   const typename Tiles::X x(shared, maps.x, block.image);
@@ -123,7 +124,7 @@ __global__ void __launch_bounds__(kPipelineThreads, 1)
   T* to = p.y + first * p.columns;
   if constexpr (kTied) {
     ring.wait_until_rows_are_free();
-    store_rows<Products>(to, acc, divisors[0], divisors[1], x.rows, own.row, row, channels,
+    store_rows<Products>(to, acc, divisors[0], divisors[1], x.rows_from(own.row), row, channels,
                          p.columns);
   } else {
     store_tile<Products>(to, acc, divisors[0], divisors[1], row, channels, 0, p.columns);
@@ -132,15 +133,21 @@ __global__ void __launch_bounds__(kPipelineThreads, 1)
 #endif
 }
 
+// Rows of x, then as many of dY, where both are stacked.
+constexpr int kStackedTurn = 64;
+template <bool kTied>
+constexpr int kTurn = kTied ? kStackedTurn : kGroupRows;
+
 template <class T, int kColumns, bool kTied>
 struct TermsTiles {
   static constexpr int kWidth = kConsumerRows, kStages = kTied ? 2 : 3;
   static constexpr int kValues = kTied ? kColumns : kThin;
   // Three stages leave no room for rows of v.
-  using X = std::conditional_t<kTied, OwnFirst<T, kWidth, kColumns, kStages>,
+  using X = std::conditional_t<kTied, OwnFirst<T, kWidth, kColumns, kStages, kTurn<kTied>>,
                                Operand<T, kConsumerRows, kWidth, kColumns, kStages>>;
   using V = Operand<T, 0, kWidth, kThin, kTied ? 0 : kStages>;
-  using Dy = Operand<T, kConsumerRows, kWidth, kValues, 0>;
+  using Dy = Operand<T, kConsumerRows, kWidth, kValues, 0, kWidth, kTurn<kTied>>;
+  using Both = Stacked<T, kWidth, kColumns, 0>;
   static constexpr size_t kSharedBytes = pipeline_bytes<kStages, X, V, Dy>();
 };
 
@@ -150,14 +157,16 @@ __device__ __forceinline__ void sum_up(RowSums<HalfProducts<T>>& sums, const Rin
                                        const Dy& dy, int row, const Values& values, int column,
                                        const Walk& walk, int channels) {
   constexpr int kWidth = X::Passing::kRows;
+  const auto x_rows = x.rows_from(row);
+  const auto dy_rows = dy.rows_from(row);
   const Turns turns;
   for (int i = 0; i < walk.tiles; ++i) {
     float s[kSpan / 8][4], dp[kSpan / 8][4];
     ring.wait(i);
     turns.begin();
     ptx::wgmma_fence();
-    start_nt(s, x.rows, row, x[i], column);
-    start_nt(dp, dy.rows, row, values[i], column);
+    start_nt(s, x_rows, x[i], column);
+    start_nt(dp, dy_rows, values[i], column);
     ptx::wgmma_commit();
     turns.end();
     ptx::wgmma_wait<0>();
@@ -176,7 +185,7 @@ __global__ void __launch_bounds__(kPipelineThreads, 1)
   using Tiles = TermsTiles<T, kColumns, kTied>;
   constexpr int kWidth = Tiles::kWidth;
   const Place block(blocks);
-  const int channels = p.x.rows;
+  const int channels = p.channels;
   const Walk walk(divide_up(channels, kWidth), kTied ? block.row / kWidth : 0);
   SharedMemory shared;
   const typename Tiles::X x(shared, maps.x, block.image);
@@ -213,10 +222,12 @@ __global__ void __launch_bounds__(kPipelineThreads, 1)
 
 template <class T, int kColumns, bool kTied>
 struct BackwardTiles {
-  static constexpr int kWidth = 64, kStages = 2;
-  using X = Operand<T, kConsumerRows, kWidth, kColumns, kTied ? 0 : kStages>;
-  using V = Operand<T, kTied ? 0 : kConsumerRows, kWidth, kThin, kTied ? 0 : kStages>;
-  using Dy = Operand<T, kConsumerRows, kWidth, kTied ? kColumns : kThin, kTied ? 0 : kStages>;
+  static constexpr int kWidth = 64, kStages = 2, kPassing = kTied ? 0 : kStages;
+  static_assert(!kTied || kWidth == kStackedTurn, "a tile of both is a turn of either");
+  using X = Operand<T, kConsumerRows, kWidth, kColumns, kPassing, kWidth, kTurn<kTied>>;
+  using V = Operand<T, kTied ? 0 : kConsumerRows, kWidth, kThin, kPassing>;
+  using Dy = Operand<T, kConsumerRows, kWidth, kTied ? kColumns : kThin, kPassing, kWidth,
+                     kTurn<kTied>>;
   using Both = Stacked<T, kWidth, kColumns, kTied ? kStages : 0>;
   using Terms = PassingTerms<kWidth, kStages>;
   static constexpr size_t kSharedBytes = pipeline_bytes<kStages, X, V, Dy, Both, Terms>();
@@ -232,13 +243,13 @@ __global__ void __launch_bounds__(kPipelineThreads, 1)
   using Tiles = BackwardTiles<T, kColumns, kTied>;
   constexpr int kWidth = Tiles::kWidth, kStages = Tiles::kStages;
   const Place block(blocks);
-  const int channels = p.x.rows, tiles = divide_up(channels, kWidth);
+  const int channels = p.channels, tiles = divide_up(channels, kWidth);
   const RowTerms* terms = p.terms + static_cast<int64_t>(block.image) * padded_rows(channels);
   SharedMemory shared;
   const typename Tiles::X x(shared, maps.x, block.image);
   const typename Tiles::V v(shared, maps.v, block.image);
   const typename Tiles::Dy dy(shared, maps.dy, block.image);
-  const typename Tiles::Both both(shared, maps.x, maps.dy, block.image);
+  const typename Tiles::Both both(shared, maps.both, block.image);
   const typename Tiles::Terms of_columns(shared, terms);
   const Ring<kStages> ring(shared);
   if (is_producer()) return produce(ring, block.row, tiles, x, v, dy, both, of_columns);
@@ -248,10 +259,11 @@ __global__ void __launch_bounds__(kPipelineThreads, 1)
   const int row = block.row + own.row;
   const int64_t first = static_cast<int64_t>(block.image) * channels;
   const RowTerms of_rows[2] = {terms[row + lane_row()], terms[row + lane_row() + 8]};
+  const auto x_rows = x.rows_from(own.row);
+  const auto v_rows = v.rows_from(own.row);
+  const auto dy_rows = dy.rows_from(own.row);
   float acc[kColumns / 8][4] = {}, thin[kThin / 8][4] = {};
   ptx::mbarrier_wait(ring.rows_full, 0);
-  const Turns turns;
-  turns.begin();
   for (int tile = own.begin(ring); tile < tiles; tile = own.after(ring, tile, tiles)) {
     // S, and the mirror image of dP below it.
     float s[kWidth / 4][4], dp[kWidth / 8][4];
@@ -260,21 +272,18 @@ __global__ void __launch_bounds__(kPipelineThreads, 1)
     ring.wait(tile);
     ptx::wgmma_fence();
     if constexpr (kTied) {
-      start_nt(s, x.rows, own.row, both[tile]);
-      start_nt(dp, dy.rows, own.row, both[tile]);
+      start_nt(s, x_rows, both[tile]);
+      start_nt(dp, dy_rows, both[tile]);
     } else {
-      start_nt<kWidth / 8>(s, x.rows, own.row, x[tile]);
-      start_nt(dp, dy.rows, own.row, v[tile]);
-      start_nt<kWidth / 8>(dp_mirrored, v.rows, own.row, dy[tile]);
+      start_nt<kWidth / 8>(s, x_rows, x[tile]);
+      start_nt(dp, dy_rows, v[tile]);
+      start_nt<kWidth / 8>(dp_mirrored, v_rows, dy[tile]);
     }
     ptx::wgmma_commit();
-    turns.end();
     ptx::wgmma_wait<0>();
     softmax_gradient<Products>(s, dp, dp_mirrored, of_rows, of_columns[tile], p.scale, p.factor);
     pack<T>(ds, dp);
     pack<T, kWidth / 8>(weights, s);
-    // A turn is this tile's second products and the next tile's first.
-    turns.begin();
     ptx::wgmma_fence();
     if constexpr (kTied) {
       start_nn(acc, ds, both[tile]);
@@ -289,13 +298,6 @@ __global__ void __launch_bounds__(kPipelineThreads, 1)
     __syncwarp();
     ring.release(tile);
   }
-  turns.end();
-  if (own.is_second() && tiles % 2) {
-    // Of an odd number of tiles it had one less.
-    turns.begin();
-    turns.end();
-  }
-  turns.leave();
   if (block.is_half) {
     const Merger merger(kTied ? both.stages : x.stages), thin_merger(v.stages);
     merger.meet();
@@ -308,7 +310,7 @@ __global__ void __launch_bounds__(kPipelineThreads, 1)
     merger.add_to(acc, 0);
     if constexpr (!kTied) thin_merger.add_to(thin, 0);
   }
-  store_rows<Products>(p.dx + first * p.positions, acc, 1.f, 1.f, x.rows, own.row, row, channels,
+  store_rows<Products>(p.dx + first * p.positions, acc, 1.f, 1.f, x_rows, row, channels,
                        p.positions);
   if constexpr (!kTied)
     store_tile<Products>(p.dv + first * p.columns, thin, 1.f, 1.f, row, channels, 0, p.columns);
@@ -318,39 +320,58 @@ __global__ void __launch_bounds__(kPipelineThreads, 1)
 }  // namespace
 
 template <class T>
-cudaError_t wgmma_forward(const Context& context, const Shape& shape, bool tied,
+cudaError_t wgmma_forward(const Context& context, const Shape& shape, const SciForward& a,
                           const ForwardParameters<T>& p) {
-  Maps maps{};
-  CIN_FAST_RETURN_IF_ERROR(encode_tile_maps(&maps.x, p.x, shape.batch));
-  CIN_FAST_RETURN_IF_ERROR(encode_tile_maps(&maps.v, p.v, shape.batch));
-  return with_columns(shape, tied, [&]<int kColumns, bool kTied>() {
+  Panels x, v{};
+  CIN_FAST_RETURN_IF_ERROR(own_panels(context, a.x, shape, shape.positions, &x));
+  if (a.v.data) CIN_FAST_RETURN_IF_ERROR(own_panels(context, a.v, shape, p.columns, &v));
+  return with_columns(shape, !a.v.data, [&]<int kColumns, bool kTied>() {
+    using Tiles = ForwardTiles<T, kColumns, kTied>;
+    Maps maps{};
+    CIN_FAST_RETURN_IF_ERROR(Tiles::X::encode(&maps.x, x));
+    CIN_FAST_RETURN_IF_ERROR(Tiles::V::encode(&maps.v, v));
     return launch_balanced(context, shape, "sci_wgmma_forward",
-                           sci_wgmma_forward_kernel<T, kColumns, kTied>,
-                           ForwardTiles<T, kColumns, kTied>::kSharedBytes, maps, p);
+                           sci_wgmma_forward_kernel<T, kColumns, kTied>, Tiles::kSharedBytes, maps,
+                           p);
   });
 }
 
 template <class T>
-cudaError_t wgmma_backward(const Context& context, const Shape& shape, bool tied,
+cudaError_t wgmma_backward(const Context& context, const Shape& shape, const SciBackward& a,
                            const TermsParameters<T>& terms, const BackwardParameters<T>& p) {
-  Maps maps{};
-  CIN_FAST_RETURN_IF_ERROR(encode_tile_maps(&maps.x, p.x, shape.batch));
-  CIN_FAST_RETURN_IF_ERROR(encode_tile_maps(&maps.v, p.v, shape.batch));
-  CIN_FAST_RETURN_IF_ERROR(encode_tile_maps(&maps.dy, p.dy, shape.batch));
+  StackedPanels x_dy{};
+  Panels x, v{}, dy;
+  const bool tied = !a.v.data;
+  if (tied) {
+    CIN_FAST_RETURN_IF_ERROR(
+        stacked_panels(context, a.x, a.dy, shape, shape.positions, kStackedTurn, &x_dy));
+    x = x_dy.first;
+    dy = x_dy.second;
+  } else {
+    CIN_FAST_RETURN_IF_ERROR(own_panels(context, a.x, shape, shape.positions, &x));
+    CIN_FAST_RETURN_IF_ERROR(own_panels(context, a.v, shape, p.columns, &v));
+    CIN_FAST_RETURN_IF_ERROR(own_panels(context, a.dy, shape, p.columns, &dy));
+  }
   return with_columns(shape, tied, [&]<int kColumns, bool kTied>() {
-    CIN_FAST_RETURN_IF_ERROR(launch_balanced(
-        context, shape, "sci_wgmma_terms", sci_wgmma_terms_kernel<T, kColumns, kTied>,
-        TermsTiles<T, kColumns, kTied>::kSharedBytes, maps, terms));
-    return launch_balanced(context, shape, "sci_wgmma_backward",
-                           sci_wgmma_backward_kernel<T, kColumns, kTied>,
-                           BackwardTiles<T, kColumns, kTied>::kSharedBytes, maps, p);
+    const auto start = [&]<class Tiles>(const char* name, auto kernel, const auto& parameters) {
+      Maps maps{};
+      CIN_FAST_RETURN_IF_ERROR(Tiles::X::encode(&maps.x, x));
+      CIN_FAST_RETURN_IF_ERROR(Tiles::V::encode(&maps.v, v));
+      CIN_FAST_RETURN_IF_ERROR(Tiles::Dy::encode(&maps.dy, dy));
+      CIN_FAST_RETURN_IF_ERROR(Tiles::Both::encode(&maps.both, x_dy.both));
+      return launch_balanced(context, shape, name, kernel, Tiles::kSharedBytes, maps, parameters);
+    };
+    CIN_FAST_RETURN_IF_ERROR((start.template operator()<TermsTiles<T, kColumns, kTied>>(
+        "sci_wgmma_terms", sci_wgmma_terms_kernel<T, kColumns, kTied>, terms)));
+    return start.template operator()<BackwardTiles<T, kColumns, kTied>>(
+        "sci_wgmma_backward", sci_wgmma_backward_kernel<T, kColumns, kTied>, p);
   });
 }
 
-#define CIN_FAST_WGMMA_SCI(T)                                             \
-  template cudaError_t wgmma_forward(const Context&, const Shape&, bool,  \
-                                     const ForwardParameters<T>&);        \
-  template cudaError_t wgmma_backward(const Context&, const Shape&, bool, \
+#define CIN_FAST_WGMMA_SCI(T)                                                         \
+  template cudaError_t wgmma_forward(const Context&, const Shape&, const SciForward&, \
+                                     const ForwardParameters<T>&);                    \
+  template cudaError_t wgmma_backward(const Context&, const Shape&, const SciBackward&, \
                                       const TermsParameters<T>&, const BackwardParameters<T>&);
 CIN_FAST_WGMMA_SCI(__nv_bfloat16)
 CIN_FAST_WGMMA_SCI(__half)

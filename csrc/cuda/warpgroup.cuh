@@ -70,44 +70,54 @@ struct Walk {
   }
 };
 
-// One operand in shared memory: the block's kRows rows of it, and kStages tiles of kWidth rows that
-// pass by. Either may be none. The maps' boxes have kBox rows.
-template <class T, int kRows, int kWidth, int kColumns, int kStages, int kBox = kBoxRows>
+// One operand in shared memory: the block's kRows rows of it, in tiles of kBox, and kStages tiles of
+// kWidth rows that pass by. Either may be none. In panels its rows come in turns of kTurn.
+template <class T, int kRows, int kWidth, int kColumns, int kStages, int kBox = kWidth,
+          int kTurn = kGroupRows>
 struct Operand {
-  using Rows = Tile<T, kRows, kColumns>;
+  using Rows = Tile<T, kBox, kColumns>;
   using Passing = Tile<T, kWidth, kColumns>;
-  static constexpr int kRowBytes = Rows::kBytes;
+  static_assert(kRows % kBox == 0 && (kStages == 0 || kBox == kWidth), "a copy is a tile");
+  static constexpr int kRowBytes = kRows / kBox * Rows::kBytes;
   static constexpr int kStageBytes = kStages > 0 ? Passing::kBytes : 0;
   static constexpr int kBytes = kRowBytes + kStages * kStageBytes;
 
-  const TileMaps& maps;
+  const ptx::TensorMap& map;
   int image;
-  Rows rows;
-  unsigned char* stages;
+  unsigned char *rows, *stages;
 
-  __device__ Operand(SharedMemory& shared, const TileMaps& maps, int image)
-      : maps(maps),
+  __device__ Operand(SharedMemory& shared, const ptx::TensorMap& map, int image)
+      : map(map),
         image(image),
-        rows{shared.take<unsigned char>(kBytes)},
-        stages(rows.data + kRowBytes) {}
+        rows(shared.take<unsigned char>(kBytes)),
+        stages(rows + kRowBytes) {}
+
+  static cudaError_t encode(ptx::TensorMap* map, const Panels& panels) {
+    return kBytes > 0 ? encode_map(map, panels, kBox, kColumns / kPanelColumns) : cudaSuccess;
+  }
+
+  // A tile that begins with that row of the block's.
+  __device__ Rows rows_from(int row) const {
+    return {rows + row / kBox * Rows::kBytes + row % kBox * kPanelRow};
+  }
 
   // The i-th tile of the block's walk.
   __device__ Passing operator[](int i) const { return {stages + i % kStages * kStageBytes}; }
 
   __device__ void load_rows(uint64_t* barrier, int row) const {
-    rows.template load<kRows, kBox>(maps, barrier, row, image);
+    for (int r = 0; r < kRows; r += kBox)
+      rows_from(r).load(map, barrier, (row + r) / kTurn, image);
   }
 
   __device__ void load(uint64_t* barrier, int i, int tile) const {
-    if constexpr (kStages > 0)
-      (*this)[i].template load<kWidth, kBox>(maps, barrier, tile * kWidth, image);
+    if constexpr (kStages > 0) (*this)[i].load(map, barrier, tile * kWidth / kTurn, image);
   }
 };
 
 // One whose rows are the first tile of the block's walk: nothing waits for a copy of them.
-template <class T, int kWidth, int kColumns, int kStages>
-struct OwnFirst : Operand<T, kWidth, kWidth, kColumns, kStages> {
-  using Base = Operand<T, kWidth, kWidth, kColumns, kStages>;
+template <class T, int kWidth, int kColumns, int kStages, int kTurn = kGroupRows>
+struct OwnFirst : Operand<T, kWidth, kWidth, kColumns, kStages, kWidth, kTurn> {
+  using Base = Operand<T, kWidth, kWidth, kColumns, kStages, kWidth, kTurn>;
   using Base::Base;
 
   // The rows lie in front of the stages.
@@ -116,40 +126,14 @@ struct OwnFirst : Operand<T, kWidth, kWidth, kColumns, kStages> {
   }
 
   __device__ void load(uint64_t* barrier, int i, int tile) const {
-    (*this)[i].load(this->maps, barrier, tile * kWidth, this->image);
+    (*this)[i].load(this->map, barrier, tile * kWidth / kTurn, this->image);
   }
 };
 
-// Tiles of two operands that pass by as one, kWidth rows of either: kTurn of the first above kTurn
-// of the second, and so on. One wgmma then multiplies a block's rows by both. May be none.
-template <class T, int kWidth, int kColumns, int kStages, int kTurn = kWidth>
-struct Stacked {
-  using Passing = Tile<T, 2 * kWidth, kColumns>;
-  static constexpr int kRowBytes = 0, kStageBytes = kStages > 0 ? Passing::kBytes : 0;
-  static constexpr int kBytes = kStages * kStageBytes;
-
-  // Of boxes of kTurn rows.
-  const TileMaps &upper, &lower;
-  int image;
-  unsigned char* stages;
-
-  __device__ Stacked(SharedMemory& shared, const TileMaps& upper, const TileMaps& lower, int image)
-      : upper(upper), lower(lower), image(image), stages(shared.take<unsigned char>(kBytes)) {}
-
-  __device__ Passing operator[](int i) const { return {stages + i % kStages * kStageBytes}; }
-
-  __device__ void load_rows(uint64_t*, int) const {}
-
-  __device__ void load(uint64_t* barrier, int i, int tile) const {
-    if constexpr (kStages > 0) {
-      for (int r = 0; r < kWidth; r += kTurn) {
-        const int row = tile * kWidth + r;
-        (*this)[i].template load<kTurn, kTurn>(upper, barrier, row, image, 2 * r);
-        (*this)[i].template load<kTurn, kTurn>(lower, barrier, row, image, 2 * r + kTurn);
-      }
-    }
-  }
-};
+// Tiles of two operands that pass by as one, kWidth rows of either, stacked in turns. One wgmma then
+// multiplies a block's rows by both. May be none.
+template <class T, int kWidth, int kColumns, int kStages>
+using Stacked = Operand<T, 0, 2 * kWidth, kColumns, kStages>;
 
 // The terms of an image's rows, kWidth of them with each tile.
 template <int kWidth, int kStages>
@@ -188,11 +172,13 @@ struct Both {
 
   Single first, second;
 
-  __device__ Both(SharedMemory& shared, const TileMaps& maps, int first_image, int second_image)
-      : first(shared, maps, first_image), second(shared, maps, second_image) {}
-  __device__ Both(SharedMemory& shared, const TileMaps& upper, const TileMaps& lower,
-                  int first_image, int second_image)
-      : first(shared, upper, lower, first_image), second(shared, upper, lower, second_image) {}
+  __device__ Both(SharedMemory& shared, const ptx::TensorMap& map, int first_image,
+                  int second_image)
+      : first(shared, map, first_image), second(shared, map, second_image) {}
+
+  static cudaError_t encode(ptx::TensorMap* map, const Panels& panels) {
+    return Single::encode(map, panels);
+  }
 
   __device__ Single operator[](int which) const { return which == 0 ? first : second; }
 

@@ -2,108 +2,60 @@
 // result from registers to global memory. For sm_90a.
 #pragma once
 
-#include "host.cuh"
+#include "panels.cuh"
 
 namespace cin_fast {
 
-// A panel is 64 columns of a tile, in rows of 128 bytes. What is left of 208 columns, and a thin
-// matrix, are 16 columns in rows of 32 bytes.
-constexpr int kPanelColumns = 64, kRestColumns = 16;
-// A bulk copy brings this many rows of a panel.
-constexpr int kBoxRows = 64;
-
-struct TileMaps {
-  ptx::TensorMap panels, rest;
-};
-
-// Of an operator's tensors.
+// Of an operator's tensors; `both` of x and dY stacked.
 struct Maps {
-  TileMaps x, v, dy;
+  ptx::TensorMap x, v, dy, both;
 };
 
-template <class T>
-cudaError_t encode_tile_maps(TileMaps* maps, const Batch<T>& batch, int images,
-                             int box_rows = kBoxRows) {
-  CIN_FAST_RETURN_IF_ERROR(encode_tensor_map(&maps->panels, batch.data, images, batch.rows,
-                                             batch.columns, batch.pitch, box_rows, kPanelColumns,
-                                             ptx::Swizzle::k128Bytes));
-  return encode_tensor_map(&maps->rest, batch.data, images, batch.rows, batch.columns, batch.pitch,
-                           box_rows, kRestColumns, ptx::Swizzle::k32Bytes);
-}
-
-// Tells wgmma where an operand starts and how far it is to its next parts, in bytes. A row of 16
-// elements along the product's depth lies in one row of a panel: `stride` leads to the next 8 rows.
-// Where the depth runs down the panel, `stride` leads to its next 8 rows and `leading` to the next
-// panel.
-__device__ __forceinline__ uint64_t operand(uint32_t base, int offset, ptx::Swizzle swizzle,
-                                            int stride, int leading) {
+// Tells wgmma where an operand starts. Where the product's depth lies along the rows of a panel,
+// the next 8 rows follow; where it runs down them, `leading` bytes lead to the next panel.
+__device__ __forceinline__ uint64_t operand(uint32_t base, int offset, int leading) {
+  constexpr uint32_t kStride = 8 * kPanelRow;
   // Added up in this order, what differs between two operands of a tile is a constant.
   const uint32_t low = (base >> 4) + ((leading >> 4 << 16) + (offset >> 4));
-  const uint32_t high = stride >> 4 | static_cast<uint32_t>(swizzle) << 30;
+  const uint32_t high = kStride >> 4 | ptx::kSwizzle32Bytes << 30;
   return static_cast<uint64_t>(high) << 32 | low;
 }
 
-// kRows x kColumns 16-bit elements. Every panel starts on 1,024 bytes, where the swizzle does.
+// kRows x kColumns 16-bit elements, in panels as they lie in global memory. It starts on 256 bytes,
+// where the swizzle does.
 template <class T, int kRows_, int kColumns_>
 struct Tile {
   static constexpr int kRows = kRows_, kColumns = kColumns_;
   static constexpr int kPanels = kColumns / kPanelColumns;
-  static constexpr bool kHasRest = kColumns % kPanelColumns != 0;
-  static_assert(kColumns % kPanelColumns == (kHasRest ? kRestColumns : 0), "whole panels");
-  static constexpr int kPanelRow = 128, kRestRow = 32;
-  static constexpr int kPanelBytes = kRows * kPanelRow;
-  static constexpr int kBytes = kPanels * kPanelBytes + (kHasRest ? kRows * kRestRow : 0);
+  static_assert(kColumns % kPanelColumns == 0 && kRows % 8 == 0, "whole panels, whole swizzles");
+  static constexpr int kPanelBytes = kRows * kPanelRow, kBytes = kPanels * kPanelBytes;
 
   unsigned char* data;
 
-  __device__ unsigned char* rest() const { return data + kPanels * kPanelBytes; }
-
-  // Starts the copy of a matrix's rows, `row` and on, to kCount rows of the tile, `at` and on.
-  template <int kCount = kRows, int kBox = kBoxRows>
-  __device__ void load(const TileMaps& maps, uint64_t* barrier, int row, int image,
-                       int at = 0) const {
-    static_assert(kCount % kBox == 0 && kBox % 8 == 0, "whole boxes, and turns of the swizzle");
-    for (int r = 0; r < kCount; r += kBox) {
-      for (int panel = 0; panel < kPanels; ++panel)
-        ptx::bulk_copy_3d(data + panel * kPanelBytes + (at + r) * kPanelRow, &maps.panels, barrier,
-                          panel * kPanelColumns, row + r, image);
-      if (kHasRest)
-        ptx::bulk_copy_3d(rest() + (at + r) * kRestRow, &maps.rest, barrier,
-                          kPanels * kPanelColumns, row + r, image);
-    }
+  // Starts the copy of an image's rows from the given turn on; the map's box is a tile.
+  __device__ void load(const ptx::TensorMap& map, uint64_t* barrier, int turn, int image) const {
+    ptx::bulk_copy_5d(data, &map, barrier, turn, image);
   }
 
   // Columns 16 step to 16 step + 15 of the rows from `row` on, as depth of a product.
   __device__ uint64_t along_rows(int row, int step) const {
-    const uint32_t base = ptx::shared_address(data);
-    const int panel = step / 4;
-    if (panel == kPanels)
-      return operand(base, kPanels * kPanelBytes + row * kRestRow, ptx::Swizzle::k32Bytes,
-                     8 * kRestRow, 16);
-    return operand(base, panel * kPanelBytes + row * kPanelRow + step % 4 * 32,
-                   ptx::Swizzle::k128Bytes, 8 * kPanelRow, 16);
+    return operand(ptx::shared_address(data), step * kPanelBytes + row * kPanelRow, 16);
   }
 
-  // Rows `row` to `row` + 15 as depth: of the panels' columns, and of the rest's.
+  // Rows `row` to `row` + 15 of all columns, as depth.
   __device__ uint64_t down_panels(int row) const {
-    return operand(ptx::shared_address(data), row * kPanelRow, ptx::Swizzle::k128Bytes,
-                   8 * kPanelRow, kPanelBytes);
-  }
-  __device__ uint64_t down_rest(int row) const {
-    return operand(ptx::shared_address(data), kPanels * kPanelBytes + row * kRestRow,
-                   ptx::Swizzle::k32Bytes, 8 * kRestRow, 16);
+    return operand(ptx::shared_address(data), row * kPanelRow, kPanelBytes);
   }
 };
 
-// s (64 x 8 N) = 64 of `rows`, from `row` on, times 8 N of `columns`, from `column` on, transposed.
-// Ends when wgmma_wait says so.
+// s (64 x 8 N) = the first 64 of `rows` times 8 N of `columns`, from `column` on, transposed. Ends
+// when wgmma_wait says so.
 template <int N, class T, int kRows, int kWidth, int kColumns>
 __device__ __forceinline__ void start_nt(float (*s)[4], const Tile<T, kRows, kColumns>& rows,
-                                         int row, const Tile<T, kWidth, kColumns>& columns,
-                                         int column = 0) {
+                                         const Tile<T, kWidth, kColumns>& columns, int column = 0) {
 #pragma unroll
   for (int step = 0; step < kColumns / 16; ++step)
-    ptx::wgmma_ss<T, 8 * N>(s, rows.along_rows(row, step), columns.along_rows(column, step),
+    ptx::wgmma_ss<T, 8 * N>(s, rows.along_rows(0, step), columns.along_rows(column, step),
                             step > 0);
 }
 
@@ -117,16 +69,9 @@ __device__ __forceinline__ void start_nt(float (&s)[N][4], const Operands&... op
 template <class T, int N, int kWidth, int kColumns>
 __device__ __forceinline__ void start_nn(float (&acc)[kColumns / 8][4], const uint32_t (&p)[N][4],
                                          const Tile<T, kWidth, kColumns>& values, int row = 0) {
-  using Values = Tile<T, kWidth, kColumns>;
 #pragma unroll
-  for (int step = 0; step < N; ++step) {
-    if constexpr (Values::kPanels > 0)
-      ptx::wgmma_rs<T, Values::kPanels * kPanelColumns>(acc, p[step],
-                                                        values.down_panels(row + step * 16));
-    if constexpr (Values::kHasRest)
-      ptx::wgmma_rs<T, kRestColumns>(acc + Values::kPanels * 8, p[step],
-                                     values.down_rest(row + step * 16));
-  }
+  for (int step = 0; step < N; ++step)
+    ptx::wgmma_rs<T, kColumns>(acc, p[step], values.down_panels(row + step * 16));
 }
 
 // Sixteen rows of a tile for each warp of a group, as memory that it writes results to when the
@@ -134,22 +79,18 @@ __device__ __forceinline__ void start_nn(float (&acc)[kColumns / 8][4], const ui
 template <class T, int kRows, int kColumns>
 struct WarpMemory {
   using Rows = Tile<T, kRows, kColumns>;
-  static constexpr int kPanelBytes = 16 * Rows::kPanelRow;
+  static constexpr int kPieceBytes = 16 * kPanelRow;
 
-  unsigned char *panels, *rest;
+  unsigned char* first;
 
-  __device__ WarpMemory(const Rows& tile, int row)
-      : panels(tile.data + (row + group_warp() * 16) * Rows::kPanelRow),
-        rest(tile.rest() + (row + group_warp() * 16) * Rows::kRestRow -
-             Rows::kPanels * kPanelBytes) {}
+  __device__ explicit WarpMemory(const Rows& tile)
+      : first(tile.data + group_warp() * 16 * kPanelRow) {}
 
-  // A piece of up to 16 bytes, at a multiple of its size.
+  // Up to 16 bytes, at a multiple of their number.
   template <class Piece>
   __device__ Piece& at(int byte) const {
-    const bool in_rest = Rows::kHasRest && byte >= Rows::kPanels * kPanelBytes;
-    unsigned char* from =
-        in_rest ? rest : panels + byte / kPanelBytes * (Rows::kPanelBytes - kPanelBytes);
-    return *reinterpret_cast<Piece*>(from + byte);
+    return *reinterpret_cast<Piece*>(first + byte +
+                                     byte / kPieceBytes * (Rows::kPanelBytes - kPieceBytes));
   }
 
   // acc (64 x 8 M), over a divisor for each of a thread's two rows, as rows of `columns` numbers
@@ -185,14 +126,14 @@ struct WarpMemory {
 };
 
 // acc (64 x 8 M), over a divisor for each of a thread's two rows, to rows `row` and on of a
-// contiguous rows x columns matrix. On their way the numbers pass through the warp group's rows,
-// from `own_row` on, of a tile that has served: a warp then stores its own rows as one piece of
-// memory, 16 bytes a thread, instead of scattered pairs.
+// contiguous rows x columns matrix. On their way the numbers pass through the first 64 rows of a
+// tile that has served: a warp then stores its own rows as one piece of memory, 16 bytes a thread,
+// instead of scattered pairs.
 template <class Products, int M, class T, int kRows, int kColumns>
 __device__ __forceinline__ void store_rows(T* to, const float (&acc)[M][4], float low_divisor,
                                            float high_divisor, const Tile<T, kRows, kColumns>& tile,
-                                           int own_row, int row, int rows, int columns) {
-  const WarpMemory<T, kRows, kColumns> memory(tile, own_row);
+                                           int row, int rows, int columns) {
+  const WarpMemory<T, kRows, kColumns> memory(tile);
   // All four warps have waited for the last wgmma that reads the tile.
   ptx::named_barrier<kGroupThreads>(1 + threadIdx.x / kGroupThreads);
   memory.template write<Products>(acc, low_divisor, high_divisor, columns);

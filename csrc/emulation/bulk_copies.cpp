@@ -50,39 +50,31 @@ void arrive(const void* address, long bytes, const char* what, Site site) {
   end_phase_if_complete(barrier);
 }
 
-uint32_t swizzled(uint32_t address, int pieces) {
-  return address ^ (address >> 7 & (pieces - 1)) << 4;
+size_t bytes_of(const TensorMap& map) {
+  return map.group_bytes * size_t(map.groups) * map.box_turns * map.box_panels;
 }
 
-// One 16-byte piece of a box: from global memory, or zeros beyond the tensor's edges.
-void land_piece(const BulkCopy& copy, int column, int row, char* to) {
+// One group of a box: from global memory, or zeros beyond the tensor's edges.
+void land_group(const BulkCopy& copy, int panel, int box_turn, int group, char* to) {
   const TensorMap& map = copy.map;
-  const int elements = kPiece / 2;
-  const long c = copy.coordinates[0] + column, r = copy.coordinates[1] + row;
-  memset(to, 0, kPiece);
-  if (copy.coordinates[2] >= map.images || r < 0 || r >= map.rows || c < 0 || c >= map.columns)
-    return;
+  const int turn = copy.turn + box_turn;
+  memset(to, 0, map.group_bytes);
+  if (copy.image >= map.images || panel >= map.panels || turn < 0 || turn >= map.turns) return;
+  const long first = (copy.image * long(map.panels) + panel) * map.height;
   const char* from = static_cast<const char*>(map.data) +
-                     2 * ((copy.coordinates[2] * long(map.rows) + r) * map.pitch + c);
-  const size_t bytes = 2 * std::min<long>(elements, map.columns - c);
-  access(from, bytes, false, false, {"bulk copy", copy.site, nullptr});
-  memcpy(to, from, bytes);
+                     (first + turn * long(map.step) + group) * long(map.group_bytes);
+  access(from, map.group_bytes, false, false, {"bulk copy", copy.site, nullptr});
+  memcpy(to, from, map.group_bytes);
 }
-
-size_t bytes_of(const TensorMap& map) { return size_t(map.box_rows) * map.box_columns * 2; }
 
 void land(BulkCopy& copy) {
   const TensorMap& map = copy.map;
   SharedArray& array = *find_array(copy.destination);
-  const uint32_t address = shared_address(copy.destination);
-  const int pieces = map.box_columns * 2 / int(kPiece);
-  for (int row = 0; row < map.box_rows; ++row) {
-    for (int i = 0; i < pieces; ++i) {
-      const uint32_t linear = address + uint32_t((row * pieces + i) * kPiece);
-      const uint32_t target = map.swizzle_pieces ? swizzled(linear, map.swizzle_pieces) : linear;
-      land_piece(copy, i * int(kPiece) / 2, row, array.begin + (target - array.offset));
-    }
-  }
+  char* to = copy.destination;
+  for (int panel = 0; panel < map.box_panels; ++panel)
+    for (int turn = 0; turn < map.box_turns; ++turn)
+      for (int group = 0; group < map.groups; ++group, to += map.group_bytes)
+        land_group(copy, panel, turn, group, to);
   set_in_flight(copy.destination, bytes_of(map), false);
   const size_t first = copy.destination - array.begin;
   for (size_t i = first / kGranule; i < (first + bytes_of(map)) / kGranule; ++i) {
@@ -205,17 +197,14 @@ void mbarrier_wait(const void* address, int parity, Site site) {
   self.phases[self.barrier] = barrier.phase;
 }
 
-void bulk_copy(void* destination, const TensorMap& map, const void* barrier, int column, int row,
-               int image, Site site) {
+void bulk_copy(void* destination, const TensorMap& map, const void* barrier, int turn, int image,
+               Site site) {
   Block& block = *machine.block;
   const Access a{"bulk copy", site, nullptr};
   SharedArray* array = find_array(destination);
   const size_t bytes = bytes_of(map);
   if (!array || static_cast<char*>(destination) + bytes > array->begin + array->bytes)
     fail("%s: %zu bytes outside the shared arrays", describe(a).c_str(), bytes);
-  // Not in the manual: a GPU calls it an illegal instruction.
-  if (column * 2 % int(kPiece))
-    fail("%s: column %d does not start on 16 bytes", describe(a).c_str(), column);
   if (!machine.current->may_use_global)
     fail("%s: global memory, but no grid_dependency_wait before it", describe(a).c_str());
   const size_t offset = static_cast<char*>(destination) - array->begin;
@@ -228,7 +217,8 @@ void bulk_copy(void* destination, const TensorMap& map, const void* barrier, int
   check_overwritten(*array, offset, bytes, a);
   block.copies.push_back({map,
                           static_cast<char*>(destination),
-                          {column, row, image},
+                          turn,
+                          image,
                           number,
                           block.barriers[number].phase,
                           false,

@@ -70,7 +70,7 @@ void merge(Knowledge& into, const Knowledge& from);
 struct BulkCopy {
   TensorMap map;
   char* destination;
-  int coordinates[3];
+  int turn, image;
   unsigned barrier;
   uint32_t phase;
   bool landed;

@@ -115,7 +115,7 @@ inline void grid_dependency_launch() {}
 inline void grid_dependency_wait() { emulation::grid_dependency_wait(); }
 
 // And this is sm_90a's own.
-enum class Swizzle { k128Bytes = 1, k32Bytes = 3 };
+constexpr uint32_t kSwizzle32Bytes = 3;
 using TensorMap = emulation::TensorMap;
 
 inline uint32_t shared_address(const void* p) { return emulation::shared_address(p); }
@@ -138,16 +138,16 @@ inline void mbarrier_wait(uint64_t* barrier, int parity, EMULATION_SITE) {
   emulation::mbarrier_wait(barrier, parity, EMULATION_HERE);
 }
 
-inline void bulk_copy_3d(void* destination, const TensorMap* map, uint64_t* barrier, int column,
-                         int row, int image, EMULATION_SITE) {
-  emulation::bulk_copy(destination, *map, barrier, column, row, image, EMULATION_HERE);
+inline void bulk_copy_5d(void* destination, const TensorMap* map, uint64_t* barrier, int turn,
+                         int image, EMULATION_SITE) {
+  emulation::bulk_copy(destination, *map, barrier, turn, image, EMULATION_HERE);
 }
 
 inline void bulk_copy(void* destination, const void* source, int bytes, uint64_t* barrier,
                       EMULATION_SITE) {
-  // A box that is one row, unswizzled.
-  const TensorMap row{source, 1, 1, bytes / 2, bytes / 2, 1, bytes / 2, 0};
-  emulation::bulk_copy(destination, row, barrier, 0, 0, 0, EMULATION_HERE);
+  // A box of one group.
+  const TensorMap group{source, size_t(bytes), 1, 1, 1, 1, 1, 1, 1, 1};
+  emulation::bulk_copy(destination, group, barrier, 0, 0, EMULATION_HERE);
 }
 
 template <int kThreads>
@@ -228,14 +228,21 @@ inline uint32_t pack(__half low, __half high) {
 
 }  // namespace ptx
 
-template <class T>
-cudaError_t encode_tensor_map(ptx::TensorMap* map, const T* data, int images, int rows, int columns,
-                              int64_t pitch, int box_rows, int box_columns, ptx::Swizzle swizzle) {
-  const int pieces = swizzle == ptx::Swizzle::k128Bytes ? 8 : 2;
+struct PanelExtents {
+  int images, panels, turns, groups;
+};
+struct PanelStrides {
+  int height, step;
+};
+
+inline cudaError_t encode_tensor_map(ptx::TensorMap* map, const void* data,
+                                     const PanelExtents& extents, const PanelStrides& strides,
+                                     int box_turns, int box_panels) {
   // What cuTensorMapEncodeTiled refuses.
-  if (reinterpret_cast<uintptr_t>(data) % 16 || pitch % 8 || box_rows > 256 ||
-      box_columns > pieces * 8 || pitch < columns)
+  if (reinterpret_cast<uintptr_t>(data) % 16 || box_turns < 1 || box_turns > 256 ||
+      box_panels < 1 || box_panels > 256)
     return cudaErrorInvalidValue;
-  *map = {data, images, rows, columns, pitch, box_rows, box_columns, pieces};
+  *map = {data,           512,          extents.images, extents.panels, extents.turns,
+          extents.groups, strides.step, strides.height, box_turns,      box_panels};
   return cudaSuccess;
 }

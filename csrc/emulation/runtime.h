@@ -57,14 +57,11 @@ struct Wgmma {
   float (*widen)(uint16_t bits);
 };
 
-// A tensor of 16-bit elements in global memory, and the box of it that one bulk copy takes.
+// A tensor in panels in global memory, and the box of it that one bulk copy takes: see csrc/cuda's.
 struct TensorMap {
   const void* data;
-  int images, rows, columns;
-  int64_t pitch;
-  int box_rows, box_columns;
-  // 16-byte pieces in a row of the swizzle.
-  int swizzle_pieces;
+  size_t group_bytes;
+  int images, panels, turns, groups, step, height, box_turns, box_panels;
 };
 
 void collective(Collective kind, uint32_t mask, void* operands, Site site);
@@ -83,8 +80,8 @@ void fence_mbarrier_init();
 void mbarrier_arrive(const void* barrier, Site site);
 void mbarrier_arrive_expect(const void* barrier, int bytes, Site site);
 void mbarrier_wait(const void* barrier, int parity, Site site);
-void bulk_copy(void* destination, const TensorMap& map, const void* barrier, int column, int row,
-               int image, Site site);
+void bulk_copy(void* destination, const TensorMap& map, const void* barrier, int turn, int image,
+               Site site);
 void fence_proxy_async();
 
 void wgmma(const Wgmma& product, Site site);
