@@ -200,12 +200,14 @@ def readme_paragraphs(run: GpuRun, where: str) -> list[str]:
         f"Medians, L2 emptied before every call; {shapes}. Every rival and how" if shapes else "How"
     )
     failed = [one["name"] for one in run.steps if one["status"] != "passed"]
+    elsewhere = [one["name"] + _at(one) for one in run.steps if one["measured"] and _at(one)]
     return [
         f"On a GPU: {machine_line(run)}",
         short_table(run),
         (
             f"{medians} each step ended: [docs/kernels.md](docs/kernels.md#measured) and "
             f"[{where}/gpu.json]({where}/gpu.json); not passed: {', '.join(failed) or 'none'}. "
+            f"{'; '.join(elsewhere) + '. ' if elsewhere else ''}"
             "To repeat: `make gpu` (at most 9 minutes)."
         ),
     ]
@@ -219,8 +221,15 @@ def kernels_paragraphs(run: GpuRun, where: str) -> list[str]:
         table(run),
         how,
         "\n".join(left_out(run)),
-        "\n".join(f"- {one['name']}: {one['status']} ({one['summary']})" for one in run.steps),
+        "\n".join(
+            f"- {one['name']}: {one['status']} ({one['summary']}){_at(one)}" for one in run.steps
+        ),
     ]
+
+
+def _at(step: dict[str, Any]) -> str:
+    """The commit of a step that ran at another one than the run's."""
+    return f", at {short_commit(step['commit'])}" if "commit" in step else ""
 
 
 def left_out(run: GpuRun) -> list[str]:

@@ -124,7 +124,8 @@ __global__ void wgmma_ss(const T* a, const T* b, float* c, Fields fields) {
 #endif
 }
 
-// c (64 x kColumns) = a (64 x 32) b, depth down the rows of b (32 x kColumns): panels of 16 columns.
+// c (64 x kColumns) = a (64 x 32) b, depth down the rows of b (32 x kColumns): panels of 16
+// columns.
 template <class T, int kColumns>
 __global__ void wgmma_rs(const T* a, const T* b, float* c, Fields fields) {
 #ifdef CIN_FAST_WGMMA
@@ -278,8 +279,8 @@ PROBE_WGMMA(64)
 PROBE_WGMMA(128)
 PROBE_WGMMA(208)
 
-// numbers: images, panels, turns, groups of a turn, height, step, turns and panels of a box, and the
-// copy's turn and image.
+// numbers: images, panels, turns, groups of a turn, height, step, turns and panels of a box, and
+// the copy's turn and image.
 extern "C" int probe_bulk_copy(const void* from, void* to, const int* numbers) {
   ptx::TensorMap map;
   const cudaError_t error =

@@ -225,12 +225,40 @@ def test_the_operators_register_without_a_gpu(library: Path) -> None:
 
 def test_copies_have_all_their_loads_under_way(library: Path) -> None:
     """A store between two loads would make the second wait for the first."""
-    copies = [body for (name, _), body in machine_code(library).items() if "repack" in name]
+    code = machine_code(library).items()
+    copies = [body for (name, _), body in code if "repack_kernel" in name]
     assert len(copies) == 2 * 6
     for body in copies:
         accesses = re.findall(r"\b(?:LDG|STG)\b", body)
         assert accesses[:8] == ["LDG"] * 8
         assert set(accesses[8:16]) == {"STG"}
+    into_panels = [(name, body) for (name, _), body in code if "repack_panels" in name]
+    assert len(into_panels) == 2 * 4
+    for name, body in into_panels:
+        panels, whole = (13 if "Li13E" in name else 1), "Lb1E" in name
+        accesses = re.findall(r"\b(?:LDG|STG)\b", body)
+        loads = panels if whole else 4 * panels
+        first = accesses.index("LDG")
+        assert accesses[first : first + loads] == ["LDG"] * loads, name
+        assert accesses.count("LDG") == loads, name
+
+
+def test_weights_are_computed_while_the_tile_before_is_multiplied(library: Path) -> None:
+    """The exponentials of a tile stand between its own wait and that for the other product."""
+    forward = {
+        name: body
+        for (name, chip), body in machine_code(library).items()
+        if "sci_wgmma_forward" in name and chip == "sm_90a"
+    }
+    assert len(forward) == 8
+    for name, body in forward.items():
+        found = re.findall(r"\b(?:WARPGROUP\.DEPBAR\.LE gsb0, 0x\d|MUFU\.EX2)", body)
+        # As many as a thread has elements of a tile, whole and halved.
+        for elements in (64, 32):
+            between = ["MUFU.EX2"] * (elements + 2)
+            expected = ["WARPGROUP.DEPBAR.LE gsb0, 0x1", *between, "WARPGROUP.DEPBAR.LE gsb0, 0x0"]
+            starts = [i for i, one in enumerate(found) if one.endswith("0x1")]
+            assert expected in [found[i : i + len(expected)] for i in starts], (name, elements)
 
 
 def test_kernels_that_start_early_wait(library: Path) -> None:

@@ -73,6 +73,19 @@ def test_the_gpu_report_says_where_who_had_no_turn_and_how_steps_ended(bench, gp
     assert "- racecheck: timed out (slow)" in section
 
 
+def test_a_step_of_another_commit_is_named(bench, gpu_results):
+    gpu_report = bench("gpu_report")
+    made = make_gpu_run()
+    made["steps"][0]["commit"] = "0123456789abcdef"
+    gpu_results.write_text(json.dumps(made))
+    run = gpu_report.load(gpu_results)
+    steps = gpu_report.kernels_paragraphs(run, "folder")[-1].splitlines()
+    assert steps[0] == "- bench sci: passed (2 passed), at 0123456789ab"
+    assert steps[1] == "- bench head: passed (2 passed)"
+    last = gpu_report.readme_paragraphs(run, "folder")[-1]
+    assert "not passed: racecheck. bench sci, at 0123456789ab. To repeat" in last
+
+
 def test_the_gpu_report_writes_both_documents(bench, gpu_results, monkeypatch, capsys):
     report, folder = bench("report"), gpu_results.parent.parent
     for name in ("README", "KERNELS"):

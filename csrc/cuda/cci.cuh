@@ -140,8 +140,8 @@ cudaError_t wgmma_forward(const Context& context, const Shape& shape, const CciF
                           const StatisticsParameters<T>& statistics,
                           const ForwardParameters<T>& parameters);
 template <class T>
-cudaError_t wgmma_backward(const Context& context, const Shape& shape,
-                           const CciBackward& arguments, const BackwardParameters<T>& parameters);
+cudaError_t wgmma_backward(const Context& context, const Shape& shape, const CciBackward& arguments,
+                           const BackwardParameters<T>& parameters);
 template <class T>
 cudaError_t wgmma_tied_backward(const Context& context, const Shape& shape,
                                 const CciBackward& arguments,

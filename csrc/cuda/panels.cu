@@ -6,12 +6,21 @@ namespace {
 
 // Four neighbours of a row.
 constexpr int kPiece = 4;
-constexpr int kMostPanels = kWide / kPanelColumns;
-constexpr int kBlockWarps = 8, kWarpRows = 8, kBlockRowsOfPanels = kBlockWarps * kWarpRows;
+constexpr int kWarps = 8, kRowsOfABlock = 8 * kWarps;
 
 struct Source {
   const uint16_t* data;
   int64_t image, row, column;
+
+  explicit Source(const View& view)
+      : data(static_cast<const uint16_t*>(view.data)),
+        image(view.strides[0]),
+        row(view.strides[1]),
+        column(view.strides[2]) {}
+};
+
+struct Sources {
+  Source of[2];
 };
 
 template <bool kWhole>
@@ -26,16 +35,16 @@ __device__ __forceinline__ uint64_t load_piece(const uint16_t* from, int64_t str
 
 // A warp takes eight rows, four lanes each: of a panel they write 256 bytes together. kWhole:
 // pieces can be loaded as such.
-template <bool kWhole>
-__global__ void __launch_bounds__(32 * kBlockWarps)
-    repack_panels_kernel(Source from, int rows, int columns, Panels to, unsigned char* memory,
+template <bool kWhole, int kMostPanels>
+__global__ void __launch_bounds__(32 * kWarps)
+    repack_panels_kernel(const __grid_constant__ Sources sources, int rows, int columns, Panels to,
                          int row_blocks) {
   ptx::grid_dependency_launch();
+  const Source& from = sources.of[blockIdx.y];
   const int image = blockIdx.x / row_blocks;
-  const int row = blockIdx.x % row_blocks * kBlockRowsOfPanels + threadIdx.x / 4;
+  const int row = blockIdx.x % row_blocks * kRowsOfABlock + threadIdx.x / 4;
   const int column = threadIdx.x % 4 * kPiece;
-  const int padded = round_up(rows, to.turn);
-  if (row >= padded) return;
+  if (row >= round_up(rows, to.turn)) return;
   const uint16_t* source = from.data + image * from.image + row * from.row + column * from.column;
   // All loads stand before the first store: one after another they would wait for memory one
   // after another.
@@ -47,11 +56,10 @@ __global__ void __launch_bounds__(32 * kBlockWarps)
                                                     columns - column - first)
                                : 0;
   }
-  const int64_t at = row / to.turn * to.step + row % to.turn;
-  // Two rows of four trade their 16-byte pieces: see wgmma's swizzle of 32 bytes.
-  unsigned char* target = memory +
-                          (static_cast<int64_t>(image) * to.panels * to.height + at) * kPanelRow +
-                          (2 * column ^ row / 4 % 2 * 16);
+  const int turn = blockIdx.y * to.turn + row / to.turn * to.step;
+  const int64_t at = static_cast<int64_t>(image) * to.panels * to.height + turn + row % to.turn;
+  // Of eight rows the last four have their 16-byte pieces the other way round: wgmma's swizzle.
+  unsigned char* target = to.data + at * kPanelRow + (2 * column ^ row / 4 % 2 * 16);
 #pragma unroll
   for (int panel = 0; panel < kMostPanels; ++panel) {
     if (panel < to.panels) *reinterpret_cast<uint64_t*>(target) = pieces[panel];
@@ -61,17 +69,22 @@ __global__ void __launch_bounds__(32 * kBlockWarps)
 
 }  // namespace
 
-cudaError_t repack_panels(const Context& context, const View& view, int columns, const Panels& to) {
-  const Source from{static_cast<const uint16_t*>(view.data), view.strides[0], view.strides[1],
-                    view.strides[2]};
-  auto* memory = static_cast<unsigned char*>(const_cast<void*>(to.data));
-  const int row_blocks = divide_up(round_up(to.rows, to.turn), kBlockRowsOfPanels);
+cudaError_t repack_panels(const Context& context, std::initializer_list<View> views, int columns,
+                          const Panels& to) {
+  const View &first = *views.begin(), &second = *(views.end() - 1);
+  const int row_blocks = divide_up(round_up(to.rows, to.turn), kRowsOfABlock);
   const auto start = [&](auto kernel) {
-    return launch(context, "repack_panels", kernel, dim3(to.images * row_blocks), 32 * kBlockWarps,
-                  0, from, to.rows, columns, to, memory, row_blocks);
+    const dim3 grid(to.images * row_blocks, static_cast<unsigned>(views.size()));
+    return launch(context, "repack_panels", kernel, grid, 32 * kWarps, 0,
+                  Sources{{Source(first), Source(second)}}, to.rows, columns, to, row_blocks);
   };
-  return in_pieces<uint16_t>(view, columns, 8) ? start(repack_panels_kernel<true>)
-                                               : start(repack_panels_kernel<false>);
+  const bool whole =
+      in_pieces<uint16_t>(first, columns, 8) && in_pieces<uint16_t>(second, columns, 8);
+  if (to.panels == 1)
+    return whole ? start(repack_panels_kernel<true, 1>) : start(repack_panels_kernel<false, 1>);
+  constexpr int kMost = kWide / kPanelColumns;
+  return whole ? start(repack_panels_kernel<true, kMost>)
+               : start(repack_panels_kernel<false, kMost>);
 }
 
 }  // namespace cin_fast

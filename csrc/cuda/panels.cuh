@@ -11,42 +11,50 @@ constexpr int kPanelColumns = 16, kPanelRow = 2 * kPanelColumns;
 // The narrowest piece of a panel that a bulk copy takes.
 constexpr int kGroupRows = 16;
 
-// Rows of a 16-bit operand in panels. Turns of `turn` rows lie `step` rows apart: between them may
-// be another operand's.
+// A 16-bit operand in panels, each `height` rows. Its own rows come in turns of `turn`, `step` rows
+// apart: between them may be another operand's.
 struct Panels {
-  const void* data;
-  int images, rows, panels, turn, step;
-  // Rows of a panel.
-  int height;
+  unsigned char* data;
+  int images, rows, panels, turn, step, height;
 };
 
-// Bytes of an operand, or of `operands` stacked in turns, in panels.
+// Rows of a panel of one operand, or of several stacked in turns.
 inline int panel_height(int rows, int turn, int operands = 1) {
   return operands * round_up(rows, turn);
 }
 
-// Copies a tensor into panels: `columns` wide, of at most kWide. `to` is its first row of the first
-// panel; rows and columns beyond the tensor's become zeros.
-cudaError_t repack_panels(const Context& context, const View& view, int columns, const Panels& to);
+// Copies a tensor into panels, or two of the same shape, the second a turn behind the first. Rows
+// and columns beyond the tensor's become zeros.
+cudaError_t repack_panels(const Context& context, std::initializer_list<View> views, int columns,
+                          const Panels& to);
 
 // Of boxes of box_rows x (16 box_panels), zeros beyond the operand's edges.
 inline cudaError_t encode_map(ptx::TensorMap* map, const Panels& panels, int box_rows,
                               int box_panels) {
-  return encode_tensor_map(map, panels.data,
-                           {panels.images, panels.panels, divide_up(panels.rows, panels.turn),
-                            panels.turn / kGroupRows},
-                           {panels.height / kGroupRows, panels.step / kGroupRows},
-                           box_rows / panels.turn, box_panels);
+  return encode_tensor_map(
+      map, panels.data,
+      {panels.images, panels.panels, divide_up(panels.rows, panels.turn), panels.turn / kGroupRows},
+      {panels.height / kGroupRows, panels.step / kGroupRows}, box_rows / panels.turn, box_panels);
+}
+
+inline unsigned char* allocate_panels(const Context& context, int images, int panels, int height) {
+  const size_t bytes = static_cast<size_t>(images) * panels * height * kPanelRow;
+  return static_cast<unsigned char*>(context.allocate(context.owner, bytes));
 }
 
 // The tensor in panels of its own, in the context's memory.
 inline cudaError_t own_panels(const Context& context, const View& view, const Shape& shape,
                               int columns, Panels* result) {
-  const int height = panel_height(shape.channels, kGroupRows), panels = divide_up(columns, 16);
-  void* memory = context.allocate(context.owner,
-                                  static_cast<size_t>(shape.batch) * panels * height * kPanelRow);
-  *result = {memory, shape.batch, shape.channels, panels, kGroupRows, kGroupRows, height};
-  return repack_panels(context, view, columns, *result);
+  const int height = panel_height(shape.channels, kGroupRows),
+            panels = divide_up(columns, kPanelColumns);
+  *result = {allocate_panels(context, shape.batch, panels, height),
+             shape.batch,
+             shape.channels,
+             panels,
+             kGroupRows,
+             kGroupRows,
+             height};
+  return repack_panels(context, {view}, columns, *result);
 }
 
 // Two tensors of one shape, `turn` rows of either in turns: each alone, and both as one operand of
@@ -58,15 +66,14 @@ struct StackedPanels {
 inline cudaError_t stacked_panels(const Context& context, const View& first, const View& second,
                                   const Shape& shape, int columns, int turn,
                                   StackedPanels* result) {
-  const int height = panel_height(shape.channels, turn, 2), panels = divide_up(columns, 16);
-  auto* memory = static_cast<unsigned char*>(context.allocate(
-      context.owner, static_cast<size_t>(shape.batch) * panels * height * kPanelRow));
+  const int height = panel_height(shape.channels, turn, 2),
+            panels = divide_up(columns, kPanelColumns);
+  unsigned char* memory = allocate_panels(context, shape.batch, panels, height);
   result->first = {memory, shape.batch, shape.channels, panels, turn, 2 * turn, height};
   result->second = result->first;
   result->second.data = memory + turn * kPanelRow;
   result->both = {memory, shape.batch, height, panels, kGroupRows, kGroupRows, height};
-  CIN_FAST_RETURN_IF_ERROR(repack_panels(context, first, columns, result->first));
-  return repack_panels(context, second, columns, result->second);
+  return repack_panels(context, {first, second}, columns, result->first);
 }
 
 }  // namespace cin_fast

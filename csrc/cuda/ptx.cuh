@@ -330,7 +330,8 @@ WGMMA(__half, "f16")
 }  // namespace ptx
 
 // Of panels, 16 16-bit elements wide, in groups of 16 rows: `groups` one after another make a turn;
-// turns are `step` groups apart, panels `height`. A copy takes box_turns of box_panels of one image.
+// turns are `step` groups apart, panels `height`. A copy takes box_turns of box_panels of one
+// image.
 struct PanelExtents {
   int images, panels, turns, groups;
 };

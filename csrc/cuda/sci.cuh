@@ -48,12 +48,16 @@ struct RowSums {
   // From a tile of x x^T and of dY v^T, of which `columns` columns exist.
   template <int N>
   __device__ void add(float (&s)[N][4], const float (&dp)[N][4], int columns) {
-    mask(s, factor, columns);
+    // Beside wide sums there are no registers for masked elements.
+    constexpr bool kMasks = sizeof(typename Products::Wide) == sizeof(float);
+    if constexpr (kMasks) mask(s, factor, columns);
 #pragma unroll
     for (int n = 0; n < N; ++n) {
 #pragma unroll
-      for (int e = 0; e < 4; ++e)
-        delta[e / 2] += Products::exponential((s[n][e] - peak[e / 2]) * factor) * dp[n][e];
+      for (int e = 0; e < 4; ++e) {
+        if (kMasks || n * 8 + lane_column() + e % 2 < columns)
+          delta[e / 2] += Products::exponential((s[n][e] - peak[e / 2]) * factor) * dp[n][e];
+      }
     }
   }
 
@@ -130,8 +134,8 @@ template <class T>
 cudaError_t wgmma_forward(const Context& context, const Shape& shape, const SciForward& arguments,
                           const ForwardParameters<T>& parameters);
 template <class T>
-cudaError_t wgmma_backward(const Context& context, const Shape& shape,
-                           const SciBackward& arguments, const TermsParameters<T>& terms,
+cudaError_t wgmma_backward(const Context& context, const Shape& shape, const SciBackward& arguments,
+                           const TermsParameters<T>& terms,
                            const BackwardParameters<T>& parameters);
 
 }  // namespace sci

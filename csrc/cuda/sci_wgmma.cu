@@ -226,8 +226,8 @@ struct BackwardTiles {
   static_assert(!kTied || kWidth == kStackedTurn, "a tile of both is a turn of either");
   using X = Operand<T, kConsumerRows, kWidth, kColumns, kPassing, kWidth, kTurn<kTied>>;
   using V = Operand<T, kTied ? 0 : kConsumerRows, kWidth, kThin, kPassing>;
-  using Dy = Operand<T, kConsumerRows, kWidth, kTied ? kColumns : kThin, kPassing, kWidth,
-                     kTurn<kTied>>;
+  using Dy =
+      Operand<T, kConsumerRows, kWidth, kTied ? kColumns : kThin, kPassing, kWidth, kTurn<kTied>>;
   using Both = Stacked<T, kWidth, kColumns, kTied ? kStages : 0>;
   using Terms = PassingTerms<kWidth, kStages>;
   static constexpr size_t kSharedBytes = pipeline_bytes<kStages, X, V, Dy, Both, Terms>();
@@ -368,9 +368,9 @@ cudaError_t wgmma_backward(const Context& context, const Shape& shape, const Sci
   });
 }
 
-#define CIN_FAST_WGMMA_SCI(T)                                                         \
-  template cudaError_t wgmma_forward(const Context&, const Shape&, const SciForward&, \
-                                     const ForwardParameters<T>&);                    \
+#define CIN_FAST_WGMMA_SCI(T)                                                           \
+  template cudaError_t wgmma_forward(const Context&, const Shape&, const SciForward&,   \
+                                     const ForwardParameters<T>&);                      \
   template cudaError_t wgmma_backward(const Context&, const Shape&, const SciBackward&, \
                                       const TermsParameters<T>&, const BackwardParameters<T>&);
 CIN_FAST_WGMMA_SCI(__nv_bfloat16)

@@ -29,8 +29,7 @@ __device__ __forceinline__ void mask(float (&s)[N][4], float factor, int columns
 #pragma unroll
   for (int n = 0; n < N; ++n) {
 #pragma unroll
-    for (int e = 0; e < 4; ++e)
-      s[n][e] = n * 8 + e % 2 < own_columns ? s[n][e] : nothing(factor);
+    for (int e = 0; e < 4; ++e) s[n][e] = n * 8 + e % 2 < own_columns ? s[n][e] : nothing(factor);
   }
 }
 
@@ -50,20 +49,33 @@ struct RunningSoftmax {
     return factor < 0.f ? fminf(one, other) : fmaxf(one, other);
   }
 
+  // The furthest of two rows' elements and of `higher`. Even and odd columns are two chains of
+  // instructions that do not wait for each other, and a branch chooses for all elements at once.
+  template <int N>
+  __device__ void find_peaks(float (&higher)[2], const float (&s)[N][4]) const {
+    float odd[2] = {higher[0], higher[1]};
+    const auto find = [&](auto further) {
+#pragma unroll
+      for (int i = 0; i < 4 * N; ++i) {
+        float& found = (i % 2 ? odd : higher)[i % 4 / 2];
+        found = further(found, s[i / 4][i % 4]);
+      }
+    };
+    if (factor < 0.f)
+      find([](float one, float other) { return fminf(one, other); });
+    else
+      find([](float one, float other) { return fmaxf(one, other); });
+    higher[0] = further(higher[0], odd[0]);
+    higher[1] = further(higher[1], odd[1]);
+  }
+
   // Turns elements of x x^T into weights, not yet divided by their sum; `shrink` brings what was
   // accumulated before to the new peak. `columns` counts the tile's columns that exist.
   template <int N>
   __device__ void weigh(float (&s)[N][4], float (&shrink)[2], int columns) {
     mask(s, factor, columns);
     float higher[2] = {peak[0], peak[1]};
-    // One branch for all elements, not a choice for each.
-    if (factor < 0.f) {
-#pragma unroll
-      for (int i = 0; i < 4 * N; ++i) higher[i % 4 / 2] = fminf(higher[i % 4 / 2], s[i / 4][i % 4]);
-    } else {
-#pragma unroll
-      for (int i = 0; i < 4 * N; ++i) higher[i % 4 / 2] = fmaxf(higher[i % 4 / 2], s[i / 4][i % 4]);
-    }
+    find_peaks(higher, s);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       // Of the four lanes that share a row.

@@ -70,8 +70,8 @@ struct Walk {
   }
 };
 
-// One operand in shared memory: the block's kRows rows of it, in tiles of kBox, and kStages tiles of
-// kWidth rows that pass by. Either may be none. In panels its rows come in turns of kTurn.
+// One operand in shared memory: the block's kRows rows of it, in tiles of kBox, and kStages tiles
+// of kWidth rows that pass by. Either may be none. In panels its rows come in turns of kTurn.
 template <class T, int kRows, int kWidth, int kColumns, int kStages, int kBox = kWidth,
           int kTurn = kGroupRows>
 struct Operand {
@@ -105,8 +105,7 @@ struct Operand {
   __device__ Passing operator[](int i) const { return {stages + i % kStages * kStageBytes}; }
 
   __device__ void load_rows(uint64_t* barrier, int row) const {
-    for (int r = 0; r < kRows; r += kBox)
-      rows_from(r).load(map, barrier, (row + r) / kTurn, image);
+    for (int r = 0; r < kRows; r += kBox) rows_from(r).load(map, barrier, (row + r) / kTurn, image);
   }
 
   __device__ void load(uint64_t* barrier, int i, int tile) const {
@@ -130,8 +129,8 @@ struct OwnFirst : Operand<T, kWidth, kWidth, kColumns, kStages, kWidth, kTurn> {
   }
 };
 
-// Tiles of two operands that pass by as one, kWidth rows of either, stacked in turns. One wgmma then
-// multiplies a block's rows by both. May be none.
+// Tiles of two operands that pass by as one, kWidth rows of either, stacked in turns. One wgmma
+// then multiplies a block's rows by both. May be none.
 template <class T, int kWidth, int kColumns, int kStages>
 using Stacked = Operand<T, 0, 2 * kWidth, kColumns, kStages>;
 
@@ -255,16 +254,17 @@ struct Ring {
 struct Turns {
   static constexpr int kThreads = kConsumers * kGroupThreads;
 
-  // Named barriers: where this consumer waits for its turn, and where the other does.
-  int mine, others;
+  // The named barriers where they wait, this consumer at its own.
+  static constexpr int kFirst = 4, kSecond = 5;
+  int own;
 
-  __device__ Turns() : mine(4 + consumer_row() / kBlockRows), others(9 - mine) {
+  __device__ Turns() : own(kFirst + consumer_row() / kBlockRows) {
     if (is_second()) end();
   }
 
-  __device__ bool is_second() const { return mine > others; }
-  __device__ void begin() const { ptx::named_barrier<kThreads>(mine); }
-  __device__ void end() const { ptx::named_barrier_arrive<kThreads>(others); }
+  __device__ bool is_second() const { return own == kSecond; }
+  __device__ void begin() const { ptx::named_barrier<kThreads>(own); }
+  __device__ void end() const { ptx::named_barrier_arrive<kThreads>(kFirst + kSecond - own); }
   // The first takes the turn that the second gave it last.
   __device__ void leave() const {
     if (!is_second()) begin();

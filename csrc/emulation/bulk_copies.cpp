@@ -215,14 +215,8 @@ void bulk_copy(void* destination, const TensorMap& map, const void* barrier, int
     fail("%s: no fence_mbarrier_init after the mbarrier_init of %s:%d", describe(a).c_str(),
          base_name(block.barriers[number].site.file), block.barriers[number].site.line);
   check_overwritten(*array, offset, bytes, a);
-  block.copies.push_back({map,
-                          static_cast<char*>(destination),
-                          turn,
-                          image,
-                          number,
-                          block.barriers[number].phase,
-                          false,
-                          site});
+  block.copies.push_back({map, static_cast<char*>(destination), turn, image, number,
+                          block.barriers[number].phase, false, site});
   block.barriers[number].copies.push_back(uint32_t(block.copies.size()));
   // Nothing may be read before the wait: until then the bytes are NaN.
   memset(destination, 0xff, bytes);

@@ -211,8 +211,8 @@ void check_named_barriers() {
     if (!barrier.arrived.empty() && machine.error.empty())
       machine.error = std::string(machine.kernel) + ": the block ends, and nobody waited for " +
                       std::to_string(barrier.arrived.size()) +
-                      " threads that arrived at a named barrier (" +
-                      base_name(barrier.site.file) + ":" + std::to_string(barrier.site.line) + ")";
+                      " threads that arrived at a named barrier (" + base_name(barrier.site.file) +
+                      ":" + std::to_string(barrier.site.line) + ")";
 }
 
 void run_block(uint32_t number, size_t shared_bytes) {
