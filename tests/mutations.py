@@ -39,8 +39,6 @@ class Mutation:
     is_thin: bool = False
     # One: no block is halved.
     multiprocessors: int = 1
-    # As CIN_FAST_CUDA_LOADS=pieces.
-    reads_pieces: bool = False
     # Of x.
     images: int = 2
     channels: int = 70
@@ -53,8 +51,8 @@ class Mutation:
     def instance(self) -> str:
         """What is compiled and run, in words."""
         halves = " by halves" if self.multiprocessors > 1 else ""
-        pieces = " by pieces" if self.reads_pieces else ""
-        return f"{self.kernels}{' thin' if self.is_thin else ''}{halves}{pieces}"
+        shape = f"{self.images}x{self.channels}x{self.positions}"
+        return f"{self.kernels}{' thin' if self.is_thin else ''}{halves} {shape}"
 
 
 def unchanged(mutations: Iterable[Mutation]) -> list[Mutation]:
@@ -83,7 +81,6 @@ def expect_seen(emulator: Emulator, mutation: Mutation) -> None:
 def run(emulator: Emulator, mutation: Mutation) -> None:
     emulator.choose(mutation.chip)
     emulator.multiprocessors = mutation.multiprocessors
-    emulator.reads_pieces = mutation.reads_pieces
     if mutation.shared_limit is not None:
         emulator.shared_limit = mutation.shared_limit
     shape = (mutation.images, mutation.channels, mutation.positions)

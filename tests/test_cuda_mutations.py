@@ -118,7 +118,8 @@ def test_unfenced_stores_are_seen(
     library = ctypes.CDLL(str(build_probe(probe, emulation_library, tmp_path)))
     library.emulation_error.restype = ctypes.c_char_p
     a, b, c = torch.zeros(64, 32), torch.zeros(32, 16), torch.zeros(64, 16)
-    fields = torch.tensor([3, 256, 16], dtype=torch.int32)
+    # A swizzle of 32 bytes, its stride, one panel; the left operand comes from registers.
+    fields = torch.tensor([3, 256, 16, 1], dtype=torch.int32)
     library.emulation_reset(0, 48 * 1024)
-    library.probe_wgmma_rs_16_32_bf16(*(ctypes.c_void_p(t.data_ptr()) for t in (a, b, c, fields)))
+    library.probe_wgmma_16_bf16(*(ctypes.c_void_p(t.data_ptr()) for t in (a, b, c, fields)))
     assert b"no fence.proxy.async" in library.emulation_error()

@@ -9,8 +9,13 @@ from emulation import HOPPER, Emulator
 from mutations import Mutation, expect_seen, run, unchanged
 
 
-def of_warp_groups(name: str, file: str, old: str, new: str, symptom: str) -> Mutation:
-    """With as many channels as make the ring of tiles go round."""
+def of_warp_groups(
+    name: str, file: str, old: str, new: str, symptom: str, channels: int = 390
+) -> Mutation:
+    """With as many channels as make the backward pass's ring of tiles go round.
+
+    The forward pass's does not: nothing but its own waits orders what its consumers do at the end.
+    """
     return Mutation(
         name,
         file,
@@ -21,57 +26,67 @@ def of_warp_groups(name: str, file: str, old: str, new: str, symptom: str) -> Mu
         chip=HOPPER,
         shared_limit=None,
         images=1,
-        channels=390,
+        channels=channels,
     )
 
 
 def of_half_blocks(
-    name: str, file: str, old: str, new: str, symptom: str, is_thin: bool = False
+    name: str,
+    file: str,
+    old: str,
+    new: str,
+    symptom: str,
+    is_thin: bool = False,
+    channels: int = 390,
 ) -> Mutation:
     """Where both consumers of a block share 64 rows."""
-    mutation = of_warp_groups(name, file, old, new, symptom)
+    mutation = of_warp_groups(name, file, old, new, symptom, channels)
     return replace(mutation, is_thin=is_thin, multiprocessors=132)
 
 
-def of_pieces(name: str, file: str, old: str, new: str, symptom: str) -> Mutation:
-    """Where the producer brings rows that start on 8 bytes, but not on 16."""
-    return replace(of_warp_groups(name, file, old, new, symptom), reads_pieces=True, positions=76)
+def of_panels(name: str, old: str, new: str, symptom: str, positions: int = 72) -> Mutation:
+    """Where an operand is laid out anew: as whole pieces of 8 bytes, or number by number."""
+    mutation = of_warp_groups(name, "panels.cu", old, new, symptom, channels=70)
+    return replace(mutation, kernels="panels.cu", positions=positions)
 
 
+# Behind a tile's weights: the products of the tile before.
+BEHIND = "    ptx::wgmma_wait_behind<0>(softmax.sum[0] + softmax.sum[1]);\n"
+OWN_TILE = "walk(divide_up(channels, kWidth), block.row / kWidth)"
 MUTATIONS = (
     of_warp_groups(
         "full stage unawaited",
         "warpgroup.cuh",
-        "ptx::mbarrier_wait(full(tile), tile / kStages % 2);",
+        "ptx::mbarrier_wait(full(i), round(i) % 2);",
         "",
         "in flight|never written|has not waited",
     ),
     of_warp_groups(
         "empty stage unawaited",
         "warpgroup.cuh",
-        "ptx::mbarrier_wait(empty(tile), (tile / kStages + 1) % 2);",
+        "ptx::mbarrier_wait(empty(i), (round(i) + 1) % 2);",
         "",
         "in flight|may still be read|more arrivals",
     ),
     of_warp_groups(
         "parity flipped",
         "warpgroup.cuh",
-        "ptx::mbarrier_wait(full(tile), tile / kStages % 2);",
-        "ptx::mbarrier_wait(full(tile), (tile / kStages + 1) % 2);",
+        "ptx::mbarrier_wait(full(i), round(i) % 2);",
+        "ptx::mbarrier_wait(full(i), (round(i) + 1) % 2);",
         "in flight|never written|has not waited",
     ),
     of_warp_groups(
         "a piece of the bytes unexpected",
         "warpgroup.cuh",
-        "ptx::mbarrier_arrive_expect(full(tile), bytes);",
-        "ptx::mbarrier_arrive_expect(full(tile), bytes - 16);",
+        "ptx::mbarrier_arrive_expect(full(i), bytes);",
+        "ptx::mbarrier_arrive_expect(full(i), bytes - 16);",
         "deadlock.* at an mbarrier .*bytes of bulk copies",
     ),
     of_warp_groups(
         "a panel's bytes unexpected",
         "warpgroup.cuh",
-        "ptx::mbarrier_arrive_expect(full(tile), bytes);",
-        "ptx::mbarrier_arrive_expect(full(tile), bytes - 64 * 32);",
+        "ptx::mbarrier_arrive_expect(full(i), bytes);",
+        "ptx::mbarrier_arrive_expect(full(i), bytes - 64 * 32);",
         "in flight|has not waited|deadlock",
     ),
     of_warp_groups(
@@ -112,43 +127,50 @@ MUTATIONS = (
     of_warp_groups(
         "sums scaled while under way",
         "sci_wgmma.cu",
-        "ptx::wgmma_wait<0>();\n    ring.release(tile - 1);\n    softmax.rescale(acc, shrink);",
-        "softmax.rescale(acc, shrink);\n    ptx::wgmma_wait<0>();\n    ring.release(tile - 1);",
+        BEHIND + "    ring.release(i - 1);\n    softmax.rescale(acc, shrink);\n",
+        "    softmax.rescale(acc, shrink);\n" + BEHIND + "    ring.release(i - 1);\n",
         "before its wait|error",
     ),
     of_warp_groups(
         "stage released too early",
         "sci_wgmma.cu",
-        "ptx::wgmma_wait<0>();\n    ring.release(tile - 1);",
-        "ring.release(tile - 1);\n    ptx::wgmma_wait<0>();",
+        BEHIND + "    ring.release(i - 1);\n",
+        "    ring.release(i - 1);\n" + BEHIND,
         "may still be read",
     ),
     of_warp_groups(
         "swizzle wrong",
         "wgmma_tiles.cuh",
-        "row * kPanelRow, ptx::Swizzle::k128Bytes",
-        "row * kPanelRow, ptx::Swizzle::k32Bytes",
+        "ptx::kSwizzle32Bytes << 30",
+        "(ptx::kSwizzle32Bytes - 1) << 30",
         "error|never written|in flight",
     ),
     of_warp_groups(
         "stride wrong",
         "wgmma_tiles.cuh",
-        "ptx::Swizzle::k128Bytes, 8 * kPanelRow, 16",
-        "ptx::Swizzle::k128Bytes, 4 * kPanelRow, 16",
+        "kStride = 8 * kPanelRow;",
+        "kStride = 4 * kPanelRow;",
         "error|never written|in flight",
     ),
     of_warp_groups(
         "next panel wrong",
         "wgmma_tiles.cuh",
-        "8 * kPanelRow, kPanelBytes)",
-        "8 * kPanelRow, kPanelBytes / 2)",
+        "row * kPanelRow, kPanelBytes);",
+        "row * kPanelRow, kPanelBytes / 2);",
         "error|never written|in flight",
     ),
     of_warp_groups(
-        "tile off by a row",
+        "tile off by a turn",
         "warpgroup.cuh",
-        "barrier, tile * kWidth, image",
-        "barrier, tile * kWidth + 1, image",
+        "barrier, tile * kWidth / kTurn, ",
+        "barrier, tile * kWidth / kTurn + 1, ",
+        "error",
+    ),
+    of_warp_groups(
+        "rows of the turn before",
+        "warpgroup.cuh",
+        "load(map, barrier, (row + r) / kTurn, image)",
+        "load(map, barrier, row / kTurn, image)",
         "error",
     ),
     of_warp_groups(
@@ -257,62 +279,179 @@ MUTATIONS = (
         "",
         "no grid_dependency_wait",
     ),
-    of_pieces(
-        "pieces unfenced",
-        "warpgroup.cuh",
-        "    ptx::fence_proxy_async();\n    __syncwarp();",
-        "    __syncwarp();",
-        "no fence.proxy.async",
-    ),
-    of_pieces(
-        "published before it landed",
-        "warpgroup.cuh",
-        "ring.template publish<kStages - 1>(ring.full(0));",
-        "ring.template publish<kStages>(ring.full(0));",
-        "race",
-    ),
-    of_pieces(
-        "a warp publishes for its lanes unasked",
-        "warpgroup.cuh",
-        "    ptx::fence_proxy_async();\n    __syncwarp();",
-        "    ptx::fence_proxy_async();",
-        "race",
-    ),
-    of_pieces(
-        "pieces over a tile in use",
-        "warpgroup.cuh",
-        "    ring.wait_empty(tile);\n    x.load(tile);",
-        "    x.load(tile);",
-        "deadlock|wgmma|race",
-    ),
-    of_pieces(
-        "pieces' swizzle",
-        "wgmma_tiles.cuh",
-        "(byte ^ row % 8 * 16)",
-        "(byte ^ row % 4 * 16)",
+    of_warp_groups(
+        "own tile not first",
+        "sci_wgmma.cu",
+        OWN_TILE,
+        "walk(divide_up(channels, kWidth))",
         "error",
     ),
-    of_pieces(
-        "one arrival of four",
-        "sci_wgmma.cu",
-        "kPieces ? kGroupThreads / 32 : 1",
-        "1",
-        "deadlock|arrivals",
+    of_warp_groups(
+        "own tile twice", "warpgroup.cuh", "tile = own + i;", "tile = own + i + 1;", "error"
     ),
-    of_pieces(
-        "pieces' rows unchecked",
-        "wgmma_tiles.cuh",
-        "row + first + i < rows",
-        "0 < rows",
-        "global buffer",
+    of_warp_groups(
+        "walk beyond the last tile", "warpgroup.cuh", "tile < tiles ?", "tile <= tiles ?", "error"
     ),
-    of_pieces(
-        "pieces' registers",
+    of_warp_groups(
+        "own tile taken for one that passes",
         "warpgroup.cuh",
-        "kProducerRegistersByPieces = 40",
-        "kProducerRegistersByPieces = 48",
-        "65536",
+        "(i == 0 ? -1 : (i - 1) % kStages)",
+        "(i == 0 ? 0 : (i - 1) % kStages)",
+        "in flight|never written|has not waited",
     ),
+    of_warp_groups(
+        "rows' bytes unexpected",
+        "warpgroup.cuh",
+        "(Operands::kRowBytes + ...));",
+        "(Operands::kRowBytes + ...) - 512);",
+        "in flight|has not waited|deadlock",
+    ),
+    of_warp_groups(
+        "rows counted as a stage",
+        "warpgroup.cuh",
+        "i < kFirst ? 0 : (i - kFirst) / kStages",
+        "i / kStages",
+        "deadlock|in flight|never written|has not waited",
+    ),
+    of_warp_groups(
+        "rows take a stage's barrier",
+        "warpgroup.cuh",
+        "(i < kFirst ? 0 : 1 + (i - kFirst) % kStages)",
+        "(1 + i % kStages)",
+        "deadlock|more arrivals|in flight|has not waited",
+    ),
+    of_warp_groups(
+        "own rows overwritten while the other consumer multiplies them",
+        "sci_wgmma.cu",
+        "ring.wait_until_rows_are_free();",
+        "",
+        "may still be read",
+    ),
+    of_warp_groups(
+        "own rows awaited until a phase that never ends",
+        "warpgroup.cuh",
+        "ptx::mbarrier_wait(empty(0), 0);",
+        "ptx::mbarrier_wait(empty(0), 1);",
+        "deadlock.*waits at an mbarrier",
+    ),
+    of_warp_groups(
+        "turn never given",
+        "sci_wgmma.cu",
+        "turns.end();",
+        "",
+        "deadlock.*waits at a named barrier",
+    ),
+    of_warp_groups(
+        "no first turn",
+        "warpgroup.cuh",
+        "if (is_second()) end();",
+        "",
+        "deadlock.*waits at a named barrier",
+    ),
+    of_warp_groups(
+        "last turn taken by nobody",
+        "sci_wgmma.cu",
+        "turns.leave();",
+        "",
+        "nobody waited for 128 threads that arrived at a named barrier",
+    ),
+    of_warp_groups(
+        "turn for oneself",
+        "warpgroup.cuh",
+        "others(9 - mine)",
+        "others(mine)",
+        "deadlock.*waits at a named barrier",
+    ),
+    of_warp_groups(
+        "no fence in a turn",
+        "sci_wgmma.cu",
+        "turns.begin();\n    ptx::wgmma_fence();",
+        "turns.begin();",
+        "wgmma_fence",
+    ),
+    of_warp_groups(
+        "wait behind the weights loosened",
+        "sci_wgmma.cu",
+        "ptx::wgmma_wait_behind<0>",
+        "ptx::wgmma_wait_behind<1>",
+        "before its wait|may still be read",
+    ),
+    of_warp_groups(
+        "next step of a product along rows wrong",
+        "wgmma_tiles.cuh",
+        "step * kPanelBytes + row",
+        "(step > 0 ? step - 1 : 0) * kPanelBytes + row",
+        "error",
+    ),
+    of_warp_groups(
+        "a warp's memory runs into the next warp's",
+        "wgmma_tiles.cuh",
+        "byte / kPieceBytes * (Rows::kPanelBytes - kPieceBytes)",
+        "0",
+        "may still be read|race",
+    ),
+    of_warp_groups(
+        "a column too many",
+        "softmax.cuh",
+        "n * 8 + e % 2 < own_columns",
+        "n * 8 + e % 2 <= own_columns",
+        "error",
+        # So few that one more counts.
+        channels=12,
+    ),
+    of_half_blocks(
+        "a first tile without columns leaves an infinite peak",
+        "softmax.cuh",
+        "factor < 0.f ? FLT_MAX : -FLT_MAX;",
+        "factor < 0.f ? INFINITY : -INFINITY;",
+        "error",
+        channels=140,
+    ),
+    of_warp_groups(
+        "stacked turns over each other",
+        "panels.cuh",
+        "panels, turn, 2 * turn, height};",
+        "panels, turn, turn, height};",
+        "error",
+    ),
+    of_warp_groups(
+        "stacked operands one over the other",
+        "panels.cuh",
+        "memory + turn * kPanelRow;",
+        "memory;",
+        "error",
+    ),
+    of_warp_groups(
+        "boxes larger than a tile",
+        "panels.cuh",
+        "box_rows / panels.turn, box_panels",
+        "box_rows / kGroupRows, box_panels",
+        "outside the shared arrays",
+    ),
+    of_panels("panels' swizzle", "row / 4 % 2", "row / 2 % 2", "error"),
+    of_panels("panels not swizzled", "row / 4 % 2 * 16", "0", "error"),
+    of_panels(
+        "rows beyond the tensor left out", "row >= padded", "row >= min(rows, padded)", "error"
+    ),
+    of_panels("rows beyond the tensor loaded", "row < rows ?", "true ?", "global buffer"),
+    of_panels(
+        "columns beyond the tensor loaded",
+        "return columns > 0 ?",
+        "return true ?",
+        "error|global buffer",
+    ),
+    of_panels(
+        "columns beyond the tensor loaded one by one",
+        "if (i < columns)",
+        "if (0 < columns)",
+        "error|global buffer",
+        positions=73,
+    ),
+    of_panels(
+        "numbers of a piece confused", "<< 16 * i", "<< (48 - 16 * i)", "error", positions=73
+    ),
+    of_panels("panels beyond the operand's", "panel < to.panels", "true", "global buffer|race"),
+    of_panels("turns next to each other", "to.turn * to.step", "to.turn * to.turn", "error"),
 )
 
 
