@@ -358,8 +358,8 @@ MUTATIONS = (
     of_warp_groups(
         "turn for oneself",
         "warpgroup.cuh",
-        "others(9 - mine)",
-        "others(mine)",
+        "kFirst + kSecond - own",
+        "own",
         "deadlock.*waits at a named barrier",
     ),
     of_warp_groups(
@@ -412,7 +412,7 @@ MUTATIONS = (
         "panels.cuh",
         "panels, turn, 2 * turn, height};",
         "panels, turn, turn, height};",
-        "error",
+        "race",
     ),
     of_warp_groups(
         "stacked operands one over the other",
@@ -431,8 +431,10 @@ MUTATIONS = (
     of_panels("panels' swizzle", "row / 4 % 2", "row / 2 % 2", "error"),
     of_panels("panels not swizzled", "row / 4 % 2 * 16", "0", "error"),
     of_panels(
-        "rows beyond the tensor left out", "row >= padded", "row >= min(rows, padded)", "error"
+        "rows beyond the tensor left out", "row >= round_up(rows, to.turn)", "row >= rows", "error"
     ),
+    of_panels("one tensor twice", "sources.of[blockIdx.y]", "sources.of[0]", "error"),
+    of_panels("both in one place", "blockIdx.y * to.turn + ", "", "race"),
     of_panels("rows beyond the tensor loaded", "row < rows ?", "true ?", "global buffer"),
     of_panels(
         "columns beyond the tensor loaded",
@@ -451,7 +453,7 @@ MUTATIONS = (
         "numbers of a piece confused", "<< 16 * i", "<< (48 - 16 * i)", "error", positions=73
     ),
     of_panels("panels beyond the operand's", "panel < to.panels", "true", "global buffer|race"),
-    of_panels("turns next to each other", "to.turn * to.step", "to.turn * to.turn", "error"),
+    of_panels("turns next to each other", "to.turn * to.step", "to.turn * to.turn", "race"),
 )
 
 
