@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,8 @@ class Checkpoint:
     schedule: dict[str, Any]
     rng: Tensor
     history: dict[str, float]
+    # The loss's scale in float16; empty where it has none.
+    scaler: dict[str, Any] = field(default_factory=dict)
 
     @property
     def num_classes(self) -> int:
@@ -84,7 +86,8 @@ def load(path: Path) -> Checkpoint:
         found = content.get("format") if isinstance(content, dict) else type(content).__name__
         raise CheckpointError(f"{path} is no checkpoint of format {FORMAT}: found {found}")
     content.pop("format")
-    missing = set(Checkpoint.__dataclass_fields__) - set(content)
+    wanted = {one.name for one in fields(Checkpoint) if one.default_factory is MISSING}
+    missing = wanted - set(content)
     if missing:
         raise CheckpointError(f"{path} lacks {', '.join(sorted(missing))}")
     return Checkpoint(**{**content, "classes": tuple(content["classes"])})

@@ -75,18 +75,19 @@ class Trainer:
         )
         torch.manual_seed(config.seed)
         self.model = self._build_model(fresh=resumed is None)
+        # float16 alone needs its loss scaled.
+        scaled = self._amp_dtype() is torch.float16
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=scaled)
         self.optimizer = torch.optim.SGD(
             self.model.parameters(),
             lr=config.lr,
             momentum=config.momentum,
             weight_decay=config.weight_decay,
-            fused=True,
+            # The fused one takes momentum from memory that nobody wrote when the first step was
+            # left out for an overflow, as it often is.
+            fused=not scaled,
         )
         self.schedule = StepLR(self.optimizer, config.lr_step, config.lr_decay)
-        # float16 alone needs its loss scaled.
-        self.scaler = torch.amp.GradScaler(
-            self.device.type, enabled=self._amp_dtype() is torch.float16
-        )
         self.epoch = 0
         self.history = {"best_test_top1": 0.0, "seconds": 0.0}
         if resumed is not None:
@@ -205,6 +206,7 @@ class Trainer:
                 schedule=self.schedule.state_dict(),
                 rng=torch.get_rng_state(),
                 history=self.history,
+                scaler=self.scaler.state_dict(),
             ),
         )
 
@@ -298,6 +300,8 @@ class Trainer:
         checkpoints.load_weights(self.model, resumed.model, path)
         self.optimizer.load_state_dict(resumed.optimizer)
         self.schedule.load_state_dict(resumed.schedule)
+        if resumed.scaler:
+            self.scaler.load_state_dict(resumed.scaler)
         torch.set_rng_state(resumed.rng)
         self.epoch = resumed.epoch
         self.history = dict(resumed.history)

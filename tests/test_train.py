@@ -91,6 +91,26 @@ def test_two_and_two_epochs_are_four_to_the_bit(images, four_epochs, tmp_path):
     assert epochs == [1, 2, 3, 4]
 
 
+def test_one_and_one_epoch_in_float16_are_two_to_the_bit(images, tmp_path):
+    """The loss's scale goes on where it was; its first steps overflow and are left out."""
+    parts, whole = tmp_path / "parts", tmp_path / "whole"
+    train(configs.parse(arguments(images, whole, epochs=2, amp="fp16")))
+    train(configs.parse(arguments(images, parts, epochs=1, amp="fp16")))
+    assert checkpoints.load(parts / "last.pt").scaler["scale"] < 2.0**16
+    assert main(["--output", str(parts), "--resume", "--epochs", "2"]) == 0
+    assert same(weights(parts), weights(whole))
+    assert all(t.isfinite().all() for t in weights(whole).values())
+    scalers = [checkpoints.load(one / "last.pt").scaler for one in (parts, whole)]
+    assert scalers[0] == scalers[1]
+
+
+def test_a_checkpoint_from_before_scales_were_kept_is_read(four_epochs, tmp_path):
+    content = torch.load(four_epochs / "last.pt", weights_only=True)
+    assert content.pop("scaler") == {}
+    torch.save(content, tmp_path / "last.pt")
+    assert checkpoints.load(tmp_path / "last.pt").scaler == {}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGTERM])
 @pytest.mark.parametrize("moment", [1, 2])
