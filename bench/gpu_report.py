@@ -200,14 +200,12 @@ def readme_paragraphs(run: GpuRun, where: str) -> list[str]:
         f"Medians, L2 emptied before every call; {shapes}. Every rival and how" if shapes else "How"
     )
     failed = [one["name"] for one in run.steps if one["status"] != "passed"]
-    elsewhere = [one["name"] + _at(one) for one in run.steps if one["measured"] and _at(one)]
     return [
         f"On a GPU: {machine_line(run)}",
         short_table(run),
         (
             f"{medians} each step ended: [docs/kernels.md](docs/kernels.md#measured) and "
             f"[{where}/gpu.json]({where}/gpu.json); not passed: {', '.join(failed) or 'none'}. "
-            f"{'; '.join(elsewhere) + '. ' if elsewhere else ''}"
             "To repeat: `make gpu` (at most 9 minutes)."
         ),
     ]

@@ -204,8 +204,8 @@ MUTATIONS = (
     of_tied_gradients(
         "panels' height of one operand alone",
         "panels.cuh",
-        "height = panel_height(shape.channels, turn, 2)",
-        "height = panel_height(shape.channels, turn)",
+        "height = 2 * round_up(shape.channels, turn)",
+        "height = round_up(shape.channels, turn)",
         "error|global buffer",
     ),
     of_tied_gradients(

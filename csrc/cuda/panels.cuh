@@ -18,11 +18,6 @@ struct Panels {
   int images, rows, panels, turn, step, height;
 };
 
-// Rows of a panel of one operand, or of several stacked in turns.
-inline int panel_height(int rows, int turn, int operands = 1) {
-  return operands * round_up(rows, turn);
-}
-
 // Copies a tensor into panels, or two of the same shape, the second a turn behind the first. Rows
 // and columns beyond the tensor's become zeros.
 cudaError_t repack_panels(const Context& context, std::initializer_list<View> views, int columns,
@@ -45,7 +40,7 @@ inline unsigned char* allocate_panels(const Context& context, int images, int pa
 // The tensor in panels of its own, in the context's memory.
 inline cudaError_t own_panels(const Context& context, const View& view, const Shape& shape,
                               int columns, Panels* result) {
-  const int height = panel_height(shape.channels, kGroupRows),
+  const int height = round_up(shape.channels, kGroupRows),
             panels = divide_up(columns, kPanelColumns);
   *result = {allocate_panels(context, shape.batch, panels, height),
              shape.batch,
@@ -66,8 +61,7 @@ struct StackedPanels {
 inline cudaError_t stacked_panels(const Context& context, const View& first, const View& second,
                                   const Shape& shape, int columns, int turn,
                                   StackedPanels* result) {
-  const int height = panel_height(shape.channels, turn, 2),
-            panels = divide_up(columns, kPanelColumns);
+  const int height = 2 * round_up(shape.channels, turn), panels = divide_up(columns, kPanelColumns);
   unsigned char* memory = allocate_panels(context, shape.batch, panels, height);
   result->first = {memory, shape.batch, shape.channels, panels, turn, 2 * turn, height};
   result->second = result->first;

@@ -12,7 +12,8 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
-#include <type_traits>
+
+#include "panel_extents.h"
 
 // Whether this pass of the compiler makes code for the one chip that has wgmma.
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
@@ -329,16 +330,7 @@ WGMMA(__half, "f16")
 
 }  // namespace ptx
 
-// Of panels, 16 16-bit elements wide, in groups of 16 rows: `groups` one after another make a turn;
-// turns are `step` groups apart, panels `height`. A copy takes box_turns of box_panels of one
-// image.
-struct PanelExtents {
-  int images, panels, turns, groups;
-};
-struct PanelStrides {
-  int height, step;
-};
-
+// A copy takes box_turns of box_panels of one image.
 inline cudaError_t encode_tensor_map(ptx::TensorMap* map, const void* data,
                                      const PanelExtents& extents, const PanelStrides& strides,
                                      int box_turns, int box_panels) {

@@ -1,6 +1,8 @@
 // sci on sm_90a, for what sci_resident.cu serves elsewhere: 16-bit operands, at most 208 positions,
 // v = x or at most 16 columns of v. A block owns 128 rows of one image. One warp group brings tiles
 // of columns into shared memory by bulk tensor copies; two multiply them by wgmma, 64 rows each.
+#include <type_traits>
+
 #include "sci.cuh"
 #include "warpgroup.cuh"
 

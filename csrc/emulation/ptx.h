@@ -2,6 +2,7 @@
 // An error inside the real wrapper cannot show here: tests/test_cuda_ptx.py looks there, on a GPU.
 #pragma once
 
+#include "../cuda/panel_extents.h"
 #include "cuda.h"
 
 #define CIN_FAST_WGMMA
@@ -227,13 +228,6 @@ inline uint32_t pack(__half low, __half high) {
 }
 
 }  // namespace ptx
-
-struct PanelExtents {
-  int images, panels, turns, groups;
-};
-struct PanelStrides {
-  int height, step;
-};
 
 inline cudaError_t encode_tensor_map(ptx::TensorMap* map, const void* data,
                                      const PanelExtents& extents, const PanelStrides& strides,
