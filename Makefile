@@ -83,7 +83,7 @@ $(PACKAGE): $(DEPENDENCIES) pyproject.toml
 	    --disable-pip-version-check --editable .
 	@touch $@
 
-$(EXTENSION): $(PACKAGE) setup.py $(CXX_FILES)
+$(EXTENSION): $(PACKAGE) setup.py cin_fast/schemas.py $(CXX_FILES)
 	@sh scripts/preflight.sh $(PYTHON) $(VENV)
 	@$(BIN)/python setup.py --quiet build_ext --inplace
 	@touch $@

@@ -15,6 +15,7 @@ CXX as usual.
 import contextlib
 import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -235,9 +236,17 @@ class BuildExtensions(BuildExtension):
             self.reasons[name] = f"the compiler failed ({type(error).__name__})"
 
     def write_record(self) -> None:
-        """What was built and why the rest was not, for cin_fast.dispatch."""
-        record = {"torch": TORCH, **{name: name not in self.reasons for name in EXTENSIONS}}
-        text = json.dumps({**record, "reasons": self.reasons}, indent=2) + "\n"
+        """What was built, for which schemas, and why the rest was not, for cin_fast.dispatch."""
+        built = {name: name not in self.reasons for name in EXTENSIONS}
+        compiled = runpy.run_path("cin_fast/schemas.py")["COMPILED"]
+        schemas = {
+            f"{name}_{stem}": schema
+            for name in EXTENSIONS
+            if built[name]
+            for stem, schema in compiled[name].items()
+        }
+        record = {"torch": TORCH, **built, "reasons": self.reasons, "schemas": schemas}
+        text = json.dumps(record, indent=2) + "\n"
         folder = Path("." if self.inplace else self.build_lib) / "cin_fast"
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "_build.json").write_text(text)

@@ -22,14 +22,13 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from cin_fast import schemas
+
 BACKENDS = ("reference", "cpu", "triton", "cuda")
-_OPERATORS = ("sci", "sci_backward", "cci", "cci_backward")
-_CPU_OPERATORS = ("cci_after_sci", "pair_sweep", "tap_means", "thin_linear")
 
 # What `backend=None` tries, first to last, by device. Each row is justified by the tables under
 # bench/results. `cuda` is ahead of `triton` in every bfloat16 call measured (docs/kernels.md,
-# Measured): dense `sci` forward took 151 us beside 188, and both directions 581 beside 869 for the
-# sum of tuned kernels; dense `cci` forward is nearly even. float32 was not compared.
+# Measured), 1.3 to 2.2 times as fast. float32 and float16 were not compared.
 PREFERENCE: dict[str, tuple[str, ...]] = {
     "cpu": ("cpu", "reference"),
     "cuda": ("cuda", "triton", "reference"),
@@ -154,18 +153,21 @@ def _load_extension(name: str) -> str:
         if reason:
             return f"cin_fast.{name} was not built: {reason}"
         return f"cin_fast.{name} is not built ({fix})"
-    # A classic extension serves only the torch it was built against; loading it elsewhere may
-    # crash instead of raising, so the record is compared first.
+    backend, key = ("cpu", "CPU") if name == "_cpu" else ("cuda", "CUDA")
+    # What was built beside another torch than its own (a classic extension), or for other schemas,
+    # may end the process when it is loaded instead of raising, so the record is compared first.
     built_with = record.get("torch", torch.__version__)
     if name == "_cpu" and built_with != torch.__version__:
         return f"cin_fast.{name} was built for torch {built_with}, this is {torch.__version__}"
+    for stem, schema in schemas.COMPILED[backend].items():
+        if record.get("schemas", {}).get(f"{backend}_{stem}") != schema:
+            return f"cin_fast.{name} was built for another schema of {stem}: build it again ({fix})"
     try:
         # The extensions hold operators and no Python, so any interpreter can load them.
         torch.ops.load_library(library)
     except (ImportError, OSError) as error:
         return f"cin_fast.{name} did not load: {error}"
-    backend, key = ("cpu", "CPU") if name == "_cpu" else ("cuda", "CUDA")
-    for stem in _OPERATORS + (_CPU_OPERATORS if backend == "cpu" else ()):
+    for stem in schemas.COMPILED[backend]:
         if not _has_kernel(f"cin_fast::{backend}_{stem}", key):
             return f"cin_fast.{name} holds no {stem}: build it again ({fix})"
     return ""
@@ -173,7 +175,7 @@ def _load_extension(name: str) -> str:
 
 def _has_kernel(operator: str, key: str) -> bool:
     try:
-        return torch._C._dispatch_has_kernel_for_dispatch_key(operator, key)
+        return torch._C._dispatch_has_computed_kernel_for_dispatch_key(operator, key)
     except RuntimeError:
         # Nobody has declared the operator either.
         return False
@@ -186,6 +188,6 @@ def _library(name: str) -> str | None:
 
 
 def _build_record() -> dict[str, Any]:
-    """What setup.py wrote beside the extensions: built for which torch, and what was left out."""
+    """What setup.py wrote beside the extensions: for which torch and schemas, what is left out."""
     path = Path(__file__).parent / "_build.json"
     return json.loads(path.read_text()) if path.exists() else {}

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from cin_fast import reference
-from cin_fast.ops import cci, check_partner, sci, tap_means
+from cin_fast.arguments import check_partner
+from cin_fast.ops import cci, sci, tap_means
 from cin_fast.pair import pair_columns
 from cin_fast.thin import thin_linear
 

@@ -1,44 +1,31 @@
-"""The operators: schemas, fakes and autograd for every backend, and the public ``sci``, ``cci``.
+"""The operators: fakes and autograd for every backend, and the public ``sci`` and ``cci``.
 
 Shapes: B images, C channels, L positions, K columns of ``v``. ``v = None`` means ``v = x``.
-Backends only compute: each implements the four operators below under its own prefix, and the
+Backends only compute: each implements ``schemas.OPERATORS`` under its own prefix, and the
 autograd formula and fakes here serve them all. ``row_max`` and ``row_sum`` are what a backend's
 forward leaves for its own backward: no other code reads them.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses import FakeTensor
 
-from cin_fast import dispatch, reference
+from cin_fast import dispatch, reference, schemas
+from cin_fast.arguments import (
+    as_autocast,
+    as_number,
+    check_eta,
+    check_features,
+    check_partner,
+    check_values,
+    flat_map,
+)
 
-_SCHEMAS = {
-    "sci": "(Tensor x, Tensor? v, float scale) -> (Tensor, Tensor, Tensor)",
-    "sci_backward": (
-        "(Tensor dy, Tensor x, Tensor? v, Tensor y, Tensor row_max, Tensor row_sum, float scale)"
-        " -> (Tensor, Tensor)"
-    ),
-    "cci": (
-        "(Tensor x, Tensor partner, Tensor eta, Tensor? v, float scale)"
-        " -> (Tensor, Tensor, Tensor, Tensor)"
-    ),
-    "cci_backward": (
-        "(Tensor dy, Tensor x, Tensor partner, Tensor eta, Tensor? v, Tensor y, Tensor b,"
-        " Tensor row_max, Tensor row_sum, float scale) -> (Tensor, Tensor, Tensor)"
-    ),
-}
-_TAP_SCHEMAS = {
-    "tap_means": "(Tensor x) -> Tensor",
-    "tap_means_backward": "(Tensor dv, SymInt height, SymInt width) -> Tensor",
-}
 TAP_BACKENDS = ("reference", "cpu")
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def sci(
@@ -105,7 +92,7 @@ def cci(
     """
     check_features(x)
     check_partner(x, partner)
-    _check_eta(x, eta)
+    check_eta(x, eta)
     check_values(x, v)
     x, v = as_autocast(x, v)
     scale = as_number("scale", scale)
@@ -156,6 +143,18 @@ def tap_means(x: Tensor) -> Tensor:
     return _op(name, "tap_means")(x)
 
 
+def empty_cache() -> int:
+    """Give the memory that the ``cpu`` backend keeps from call to call back to the system.
+
+    Scratch of large calls and gradients of a large phi, at most 512 MiB: fresh pages are slow to
+    come, so the next call takes what the last one dropped.
+
+    Returns:
+        The bytes given back; 0 where the backend is off.
+    """
+    return 0 if dispatch.unavailable("cpu") else torch.ops.cin_fast.cpu_release_kept()
+
+
 def _op(backend: str, stem: str) -> Any:
     return getattr(torch.ops.cin_fast, f"{backend}_{stem}").default
 
@@ -170,106 +169,6 @@ def _require_definition(backend: str | None) -> None:
         raise ValueError(
             f"backend: {backend!r} cannot run under forward-mode AD or torch.func: 'reference' can"
         )
-
-
-def as_number(name: str, value: float | Tensor) -> float:
-    """``value`` as a float, or ``ValueError`` that names the argument."""
-    if isinstance(value, Tensor) and value.requires_grad:
-        raise ValueError(f"{name}: expected a number, found a tensor that asks for a gradient")
-    try:
-        number = float(value)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{name}: expected a number, found {value!r}") from error
-    # A graph's number may be a symbol, which has no value to look at.
-    if not torch.compiler.is_compiling() and not math.isfinite(number):
-        raise ValueError(f"{name}: expected a finite number, found {number}")
-    return number
-
-
-def flat_map(t: Tensor) -> Tensor:
-    """(B, C, H, W) as (B, C, H * W); three axes as they are."""
-    return t.flatten(2) if t.dim() == 4 else t
-
-
-def as_autocast(x: Tensor, v: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """x and v in autocast's dtype where it is on."""
-    if x.dtype == torch.float64 or not dispatch.autocast_enabled(x):
-        return x, v
-    dtype = torch.get_autocast_dtype(x.device.type)
-    return x.to(dtype), None if v is None else v.to(dtype)
-
-
-def check_features(x: Tensor) -> None:
-    """Refuse, with ``ValueError``, what is no features of the operators."""
-    if not isinstance(x, Tensor):
-        raise ValueError(f"x: expected a tensor, found {type(x).__name__}")
-    if x.layout != torch.strided:
-        raise ValueError(f"x: expected a dense tensor, found layout {x.layout}")
-    if x.is_nested:
-        raise ValueError("x: expected one shape for all images, found a nested tensor")
-    if x.dim() not in (3, 4):
-        raise ValueError(f"x: expected (B, C, L) or (B, C, H, W), found shape {tuple(x.shape)}")
-    if x.dtype not in _DTYPES:
-        raise ValueError(f"x: expected float32, float64, bfloat16 or float16, found {x.dtype}")
-    if x.shape[1] == 0 or x.shape[2] == 0 or x.shape[-1] == 0:
-        raise ValueError(f"x: channels and positions may not be empty, found {tuple(x.shape)}")
-
-
-def check_values(x: Tensor, v: Tensor | None) -> None:
-    """Refuse, with ``ValueError``, a ``v`` that does not go with ``x``."""
-    if v is None:
-        return
-    if not isinstance(v, Tensor):
-        raise ValueError(f"v: expected a tensor or None, found {type(v).__name__}")
-    if v.dim() not in (3, 4) or v.shape[:2] != x.shape[:2]:
-        raise ValueError(
-            f"v: expected ({x.shape[0]}, {x.shape[1]}, K) to go with x, found {tuple(v.shape)}"
-        )
-    if v.shape[2] == 0 or v.shape[-1] == 0:
-        raise ValueError(f"v: columns may not be empty, found {tuple(v.shape)}")
-    # Autocast leaves float64 alone.
-    cast = dispatch.autocast_enabled(x) and torch.float64 not in (x.dtype, v.dtype)
-    if v.dtype != x.dtype and not cast:
-        raise ValueError(f"v: expected x's dtype {x.dtype}, found {v.dtype}")
-    if v.device != x.device:
-        raise ValueError(f"v: expected x's device {x.device}, found {v.device}")
-
-
-def check_partner(x: Tensor, partner: Tensor) -> None:
-    """Refuse, with ``ValueError``, a ``partner`` that does not pair the images of ``x``."""
-    if not isinstance(partner, Tensor) or partner.dtype != torch.int64:
-        found = partner.dtype if isinstance(partner, Tensor) else type(partner).__name__
-        raise ValueError(f"partner: expected an int64 tensor, found {found}")
-    if partner.shape != x.shape[:1]:
-        raise ValueError(
-            f"partner: expected shape ({x.shape[0]},) to go with x, found {tuple(partner.shape)}"
-        )
-    if partner.device != x.device and partner.device.type != "cpu":
-        raise ValueError(
-            f"partner: expected x's device {x.device} or the CPU, found {partner.device}"
-        )
-    # There are no values to read while a graph is being traced, nor without data.
-    if torch.compiler.is_compiling() or partner.is_meta or isinstance(partner, FakeTensor):
-        return
-    if torch._C._functorch.is_batchedtensor(partner):
-        raise ValueError("partner: expected one for all, found a tensor that vmap batches")
-    index = torch.arange(len(partner), device=partner.device)
-    inside = (partner >= 0) & (partner < len(partner))
-    if not bool((inside & (partner[partner.where(inside, index)] == index)).all()):
-        raise ValueError(
-            "partner: expected an involution (partner[partner[i]] == i), found "
-            f"{partner.tolist() if len(partner) <= 32 else 'one that is not'}"
-        )
-
-
-def _check_eta(x: Tensor, eta: Tensor) -> None:
-    if not isinstance(eta, Tensor) or not eta.is_floating_point():
-        found = eta.dtype if isinstance(eta, Tensor) else type(eta).__name__
-        raise ValueError(f"eta: expected a floating-point tensor, found {found}")
-    if eta.shape != x.shape[:1]:
-        raise ValueError(f"eta: expected shape ({x.shape[0]},), found {tuple(eta.shape)}")
-    if eta.device != x.device:
-        raise ValueError(f"eta: expected x's device {x.device}, found {eta.device}")
 
 
 def _row_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -458,8 +357,8 @@ def refuse_double_backward(ctx: Any, *_: Any) -> Any:
     )
 
 
-def _define(backend: str, schemas: dict[str, str]) -> None:
-    for stem, schema in schemas.items():
+def _define(backend: str, operators: dict[str, str]) -> None:
+    for stem, schema in operators.items():
         name = f"cin_fast::{backend}_{stem}"
         torch.library.define(name, schema, tags=(torch.Tag.pt2_compliant_tag,))
         torch.library.register_fake(name, _FAKES[stem])
@@ -468,7 +367,7 @@ def _define(backend: str, schemas: dict[str, str]) -> None:
 
 
 for _name in dispatch.BACKENDS:
-    _define(_name, _SCHEMAS)
+    _define(_name, schemas.OPERATORS)
     for _stem, _gradient, _context in (
         ("sci", _sci_gradient, _sci_context),
         ("cci", _cci_gradient, _cci_context),
@@ -480,7 +379,7 @@ for _name in dispatch.BACKENDS:
             f"cin_fast::{_name}_{_stem}_backward", refuse_double_backward
         )
 for _name in TAP_BACKENDS:
-    _define(_name, _TAP_SCHEMAS)
+    _define(_name, schemas.TAP_MEANS)
     torch.library.register_autograd(
         f"cin_fast::{_name}_tap_means",
         _tap_means_gradient(_name),
@@ -499,3 +398,5 @@ torch.library.impl(
     "CompositeExplicitAutograd",
     lambda: int(torch.get_float32_matmul_precision() != "highest"),
 )
+
+torch.library.define("cin_fast::cpu_release_kept", schemas.KEPT_MEMORY["release_kept"])

@@ -14,31 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cin_fast import dispatch, ops, reference
-
-_SCHEMAS = {
-    # y, y_pair; and for the backward pass eta, cci's partner term b, and sci's row statistics.
-    "pair": (
-        "(Tensor x, Tensor partner, Tensor psi_weight, Tensor psi_bias, Tensor v, int mean,"
-        " float scale) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
-    ),
-    # Of x, psi_weight, psi_bias and v. Without `sweep`, those of x and v are empty.
-    "pair_backward": (
-        "(Tensor dy, Tensor dy_pair, Tensor x, Tensor partner, Tensor psi_weight, Tensor psi_bias,"
-        " Tensor v, Tensor y, Tensor y_pair, Tensor eta, Tensor b, Tensor row_max, Tensor row_sum,"
-        " int mean, float scale, bool sweep) -> (Tensor, Tensor, Tensor, Tensor)"
-    ),
-    # What the extension computes: cci's forward pass, and the sweep of the backward pass.
-    "cci_after_sci": (
-        "(Tensor x, Tensor partner, Tensor eta, Tensor v, Tensor row_max, Tensor row_sum,"
-        " float scale) -> (Tensor, Tensor)"
-    ),
-    "pair_sweep": (
-        "(Tensor dy, Tensor dy_pair, Tensor x, Tensor partner, Tensor eta, Tensor v, Tensor y,"
-        " Tensor y_pair, Tensor b, Tensor row_max, Tensor row_sum, float scale)"
-        " -> (Tensor, Tensor)"
-    ),
-}
+from cin_fast import arguments, dispatch, ops, reference, schemas
 
 
 def pair_columns(
@@ -72,23 +48,23 @@ def pair_columns(
     Raises:
         ValueError: naming the argument and what was found.
     """
-    ops.check_features(x)
-    ops.check_partner(x, partner)
+    arguments.check_features(x)
+    arguments.check_partner(x, partner)
     if not isinstance(v, Tensor) or v.dim() != 3:
         found = tuple(v.shape) if isinstance(v, Tensor) else type(v).__name__
         raise ValueError(f"v: expected a tensor (B, C, K), found {found}")
-    ops.check_values(x, v)
+    arguments.check_values(x, v)
     _check_psi("psi_weight", psi_weight, x, 2 * x.shape[1])
     _check_psi("psi_bias", psi_bias, x, 1)
     if not isinstance(mean, int) or not 0 <= mean < v.shape[2]:
         raise ValueError(f"mean: expected a column of v, 0 to {v.shape[2] - 1}, found {mean!r}")
-    x, cast_v = ops.as_autocast(x, v)
+    x, cast_v = arguments.as_autocast(x, v)
     assert cast_v is not None
-    scale = ops.as_number("scale", scale)
+    scale = arguments.as_number("scale", scale)
     inputs = (x, cast_v, psi_weight, psi_bias)
     if ops.pick_backend(x, backend) == "cpu" and not dispatch.transformed(*inputs):
         outputs = torch.ops.cin_fast.cpu_pair(
-            ops.flat_map(x), partner, psi_weight, psi_bias, cast_v, mean, scale
+            arguments.flat_map(x), partner, psi_weight, psi_bias, cast_v, mean, scale
         )
         return outputs[0], outputs[1]
     y_BCK = ops.sci(x, cast_v, scale=scale, backend=backend)
@@ -203,7 +179,7 @@ def _gradient(ctx: Any, dy: Tensor, dy_pair: Tensor, *_: Any) -> tuple[Any, ...]
 
 
 def _register() -> None:
-    for stem, schema in _SCHEMAS.items():
+    for stem, schema in (schemas.PAIR | schemas.PAIR_SWEEPS).items():
         torch.library.define(f"cin_fast::cpu_{stem}", schema, tags=(torch.Tag.pt2_compliant_tag,))
     for stem, function, fake in (
         ("pair", _forward, _forward_fake),

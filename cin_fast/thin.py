@@ -15,13 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cin_fast import dispatch
-
-_SCHEMAS = {
-    "thin_linear": "(Tensor a, Tensor w) -> Tensor",
-    "thin_linear_input": "(Tensor dy, Tensor w) -> Tensor",
-    "thin_linear_weight": "(Tensor dy, Tensor a) -> Tensor",
-}
+from cin_fast import dispatch, schemas
 
 
 def thin_linear(
@@ -94,7 +88,7 @@ def _weight_gradient(ctx: Any, dw: Tensor) -> tuple[Tensor | None, Tensor | None
 
 def _register() -> None:
     for (stem, schema), fake, gradient in zip(
-        _SCHEMAS.items(),
+        schemas.THIN_LINEAR.items(),
         (_linear_fake, _input_fake, _weight_fake),
         (_linear_gradient, _input_gradient, _weight_gradient),
         strict=True,

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import cin_fast
-from cin_fast import dispatch
+from cin_fast import dispatch, schemas
 from cin_fast.info import report
 
 
@@ -77,5 +77,19 @@ def test_info_names_every_backend():
 
 
 def test_an_extension_of_an_older_checkout_is_refused(cpu_extension, monkeypatch):
-    monkeypatch.setattr(dispatch, "_CPU_OPERATORS", ("later",))
+    older = dispatch._build_record() | {"schemas": {"cpu_sci": "(Tensor x) -> Tensor"}}
+    monkeypatch.setattr(dispatch, "_build_record", lambda: older)
+    loaded = []
+    monkeypatch.setattr(torch.ops, "load_library", loaded.append)
+    reason = dispatch._load_extension("_cpu")
+    assert "_cpu was built for another schema of sci: build it again" in reason
+    # Loading it could have ended the process.
+    assert not loaded
+
+
+def test_an_extension_without_a_kernel_is_refused(cpu_extension, monkeypatch):
+    monkeypatch.setitem(schemas.COMPILED["cpu"], "later", "() -> ()")
+    record = dispatch._build_record()
+    record["schemas"]["cpu_later"] = "() -> ()"
+    monkeypatch.setattr(dispatch, "_build_record", lambda: record)
     assert "_cpu holds no later: build it again" in dispatch._load_extension("_cpu")

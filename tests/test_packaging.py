@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from cin_fast import schemas
+
 SOURCES = ("cin_fast", "kernels", "csrc", "pyproject.toml", "setup.py", "MANIFEST.in", "LICENSE")
 COMMANDS = {
     "train": "train",
@@ -119,6 +121,7 @@ def test_wheel_with_the_extension(checkout: Path) -> None:
         "cpu": True,
         "cuda": False,
         "reasons": {"cuda": "CIN_FAST_CUDA=0"},
+        "schemas": {f"cpu_{stem}": schema for stem, schema in schemas.COMPILED["cpu"].items()},
     }
     assert f"built cpu for torch {torch.__version__}" in said
 

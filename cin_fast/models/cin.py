@@ -7,10 +7,10 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from cin_fast.arguments import check_partner
 from cin_fast.losses import contrastive_loss
 from cin_fast.models.base import Classifier, LossParts
 from cin_fast.nn import CCI, SCI
-from cin_fast.ops import check_partner
 
 
 class SCINet(Classifier):

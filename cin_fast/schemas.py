@@ -1,0 +1,66 @@
+"""The schema of every registered operator, by its name less the backend's prefix.
+
+Plain text, without imports: setup.py writes what an extension was built for into the build record,
+and :mod:`cin_fast.dispatch` loads none that was built for other schemas.
+"""
+
+from __future__ import annotations
+
+# Of every backend.
+OPERATORS = {
+    "sci": "(Tensor x, Tensor? v, float scale) -> (Tensor, Tensor, Tensor)",
+    "sci_backward": (
+        "(Tensor dy, Tensor x, Tensor? v, Tensor y, Tensor row_max, Tensor row_sum, float scale)"
+        " -> (Tensor, Tensor)"
+    ),
+    "cci": (
+        "(Tensor x, Tensor partner, Tensor eta, Tensor? v, float scale)"
+        " -> (Tensor, Tensor, Tensor, Tensor)"
+    ),
+    "cci_backward": (
+        "(Tensor dy, Tensor x, Tensor partner, Tensor eta, Tensor? v, Tensor y, Tensor b,"
+        " Tensor row_max, Tensor row_sum, float scale) -> (Tensor, Tensor, Tensor)"
+    ),
+}
+TAP_MEANS = {
+    "tap_means": "(Tensor x) -> Tensor",
+    "tap_means_backward": "(Tensor dv, SymInt height, SymInt width) -> Tensor",
+}
+PAIR = {
+    # y, y_pair; and for the backward pass eta, cci's partner term b, and sci's row statistics.
+    "pair": (
+        "(Tensor x, Tensor partner, Tensor psi_weight, Tensor psi_bias, Tensor v, int mean,"
+        " float scale) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    ),
+    # Of x, psi_weight, psi_bias and v. Without `sweep`, those of x and v are empty.
+    "pair_backward": (
+        "(Tensor dy, Tensor dy_pair, Tensor x, Tensor partner, Tensor psi_weight, Tensor psi_bias,"
+        " Tensor v, Tensor y, Tensor y_pair, Tensor eta, Tensor b, Tensor row_max, Tensor row_sum,"
+        " int mean, float scale, bool sweep) -> (Tensor, Tensor, Tensor, Tensor)"
+    ),
+}
+# Of the pair, what the extension computes: cci's forward pass, the sweep of the backward pass.
+PAIR_SWEEPS = {
+    "cci_after_sci": (
+        "(Tensor x, Tensor partner, Tensor eta, Tensor v, Tensor row_max, Tensor row_sum,"
+        " float scale) -> (Tensor, Tensor)"
+    ),
+    "pair_sweep": (
+        "(Tensor dy, Tensor dy_pair, Tensor x, Tensor partner, Tensor eta, Tensor v, Tensor y,"
+        " Tensor y_pair, Tensor b, Tensor row_max, Tensor row_sum, float scale)"
+        " -> (Tensor, Tensor)"
+    ),
+}
+THIN_LINEAR = {
+    "thin_linear": "(Tensor a, Tensor w) -> Tensor",
+    "thin_linear_input": "(Tensor dy, Tensor w) -> Tensor",
+    "thin_linear_weight": "(Tensor dy, Tensor a) -> Tensor",
+}
+# Bytes of scratch memory that were kept for the next call, and no longer are.
+KEPT_MEMORY = {"release_kept": "() -> int"}
+
+# Backend of a compiled extension -> what it holds.
+COMPILED = {
+    "cpu": OPERATORS | TAP_MEANS | PAIR_SWEEPS | THIN_LINEAR | KEPT_MEMORY,
+    "cuda": OPERATORS,
+}
