@@ -9,6 +9,8 @@ import sys
 import pytest
 import torch
 
+import cin_fast
+
 
 def test_every_round_holds_each_rival_once_in_changing_order(bench):
     order = []
@@ -75,6 +77,16 @@ def test_peak_memory_is_what_a_call_holds(bench):
     if peak is None:
         pytest.skip("this system does not tell the peak of the resident size")
     assert 0.8 * size < peak < 1.5 * size
+
+
+def test_peak_memory_holds_what_a_call_keeps_for_the_next(bench, cpu_extension):
+    x = torch.relu(torch.randn(1, 512, 4096))
+    cin_fast.sci(x, backend="cpu")
+    peak = bench("measure").peak_bytes(lambda: cin_fast.sci(x, backend="cpu"), x.device)
+    if peak is None:
+        pytest.skip("this system does not tell the peak of the resident size")
+    # The result; packed x, packed v and the sums.
+    assert peak > 4 * x.nbytes
 
 
 def make_run(*rows):

@@ -74,23 +74,6 @@ def test_the_same_bits_at_every_run_and_thread_count() -> None:
     assert all(map(torch.equal, first, again))
 
 
-def test_a_dropped_gradient_s_memory_is_used_again_and_a_living_one_s_never() -> None:
-    a, _, dy = operands(2, 2048, 1024)
-    first = OPS.cpu_thin_linear_weight(dy, a)
-    kept = first.clone()
-    second = OPS.cpu_thin_linear_weight(2 * dy, a)
-    torch.testing.assert_close(first, kept, rtol=0, atol=0)
-    torch.testing.assert_close(second, 2 * kept)
-    dropped = first.data_ptr()
-    del first
-    third = OPS.cpu_thin_linear_weight(-dy, a)
-    assert third.data_ptr() == dropped != second.data_ptr()
-    torch.testing.assert_close(third, -kept)
-    del second, third
-    larger = OPS.cpu_thin_linear_weight(dy, torch.cat([a, a], dim=1))
-    torch.testing.assert_close(larger, torch.cat([kept, kept], dim=1))
-
-
 def test_derivatives_to_the_second_order_are_those_of_linear() -> None:
     a, w, dy = operands(3, 17, 5)
     bias = torch.randn(5)

@@ -1,15 +1,20 @@
-// Memory for a large result that is made and dropped at every step, such as a gradient.
+// Memory for what is made and dropped at every call or step: scratch, a large gradient.
 //
-// The system hands out fresh pages slowly, a virtual machine's host more slowly still: what was
-// dropped last is kept and handed out again. One piece is kept, whatever its size.
+// The system hands out fresh pages slowly, a virtual machine's host more slowly still: pieces that
+// were dropped are kept and handed out again.
 
 #pragma once
 
 #include <ATen/core/Tensor.h>
 
+#include <cstdint>
+
 namespace cin_fast {
 
-// A float32 tensor of unset contents.
+// A float32 tensor of unset contents. As torch::empty, NaN where deterministic algorithms are on.
 at::Tensor kept_empty(at::IntArrayRef sizes);
+
+// Gives back to the system what is kept, and says how many bytes that were.
+int64_t release_kept();
 
 }  // namespace cin_fast
