@@ -199,7 +199,11 @@ def readme_paragraphs(run: GpuRun, where: str) -> list[str]:
     medians = (
         f"Medians, L2 emptied before every call; {shapes}. Every rival and how" if shapes else "How"
     )
-    failed = [one["name"] for one in run.steps if one["status"] != "passed"]
+    failed = [
+        f"{one['name']} ({one['summary']}{_at(one)})"
+        for one in run.steps
+        if one["status"] != "passed"
+    ]
     return [
         f"On a GPU: {machine_line(run)}",
         short_table(run),
