@@ -23,8 +23,9 @@ install: $(EXTENSION) ## Make .venv with pinned versions and the compiled extens
 demo: install ## Train CIN and its plain backbone on the built-in images (under 5 minutes on 2 cores).
 	$(BIN)/python -m cin_fast.demo
 
+# Two processes share the cores: threads that wait for each other must not keep them busy.
 test: install ## Run every test this machine can run, and say why the others cannot.
-	$(BIN)/python -m pytest -q -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder \
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder \
 	    $(PYTEST_ARGS)
 
 lint: install ## Check style, types and formatting.

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -189,12 +190,35 @@ def evaluate_pair(
     return Evaluation({"y": y, "y_pair": y_pair, **evaluation.results})
 
 
+@dataclass(frozen=True)
+class Truth:
+    """An operator's results by name, in float64 and of plain PyTorch in the inputs' dtype."""
+
+    exact: dict[str, Tensor]
+    plain: dict[str, Tensor]
+
+
+def find_truth(evaluate: Callable[..., Evaluation], *inputs: Any, **settings: Any) -> Truth:
+    """Of one of the ``evaluate_`` functions, given its arguments."""
+    double = [t.double() if isinstance(t, Tensor) and t.is_floating_point() else t for t in inputs]
+    exact, plain = (evaluate(*some, **settings, backend="torch") for some in (double, inputs))
+    return Truth(exact.results, plain.results)
+
+
 def check_sci(
-    backend: str, x: Tensor, v: Tensor | None, dy: Tensor, scale: float = -1.0
+    backend: str,
+    x: Tensor,
+    v: Tensor | None,
+    dy: Tensor,
+    scale: float = -1.0,
+    truth: Truth | None = None,
 ) -> Evaluation:
-    """Hold ``sci`` of ``backend`` to the rule, values and gradients; returns what it computed."""
+    """Hold ``sci`` of ``backend`` to the rule, values and gradients; returns what it computed.
+
+    ``truth``, of the same arguments, saves finding it once more.
+    """
     actual = evaluate_sci(x, v, dy, scale, backend)
-    _check(backend, actual, partial(evaluate_sci, scale=scale, backend="torch"), (x, v, dy))
+    _check(backend, actual, partial(evaluate_sci, scale=scale), (x, v, dy), truth)
     return actual
 
 
@@ -212,9 +236,9 @@ def check_cci(
     _check(
         backend,
         actual,
-        partial(evaluate_cci, scale=scale, backend="torch"),
+        partial(evaluate_cci, scale=scale),
         (x, partner, eta, v, dy),
-        lambda: Undecided(x, partner, eta, v, dy, scale),
+        undecided=lambda: Undecided(x, partner, eta, v, dy, scale),
     )
     return actual
 
@@ -379,17 +403,18 @@ def assert_exact_as_torch(
 def _check(
     backend: str,
     actual: Evaluation,
-    torch_evaluate: Callable[..., Evaluation],
+    evaluate: Callable[..., Evaluation],
     inputs: tuple[Tensor | None, ...],
+    truth: Truth | None = None,
     undecided: Callable[[], Undecided] | None = None,
 ) -> None:
     """The rule for all results: once one is in doubt, all are held to the same signs."""
-    double = [t.double() if t is not None and t.is_floating_point() else t for t in inputs]
-    exact = torch_evaluate(*double).results
-    plain = torch_evaluate(*inputs).results
+    truth = truth or find_truth(evaluate, *inputs)
+    exact, plain = truth.exact, truth.plain
     if not _problems(actual.results, exact, [(plain, exact)]):
         return
-    ways = [plain, *(torch_evaluate(*inputs, order=seed).results for seed in ORDERS)]
+    orders = (evaluate(*inputs, backend="torch", order=seed).results for seed in ORDERS)
+    ways = [plain, *orders]
     if undecided is None:
         problems = _problems(actual.results, exact, [(way, exact) for way in ways])
     else:

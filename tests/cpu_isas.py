@@ -23,8 +23,8 @@ ISAS = ("avx512_bf16", "avx512", "avx2", "plain")
 # Those of avx512_bf16 are for one dtype; others take the kernels of avx512.
 ISA_DTYPES = [
     (isa, dtype)
-    for isa in ISAS
     for dtype in KERNEL_DTYPES
+    for isa in ISAS
     if isa != "avx512_bf16" or dtype == torch.bfloat16
 ]
 

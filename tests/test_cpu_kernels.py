@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 
 import pytest
 import torch
@@ -19,11 +21,13 @@ from cin_fast.testing import (
     INPUT_KINDS,
     KERNEL_DTYPES,
     SHAPES,
+    Truth,
     assert_exact_as_torch,
     check_cci,
     check_sci,
     evaluate_cci,
     evaluate_sci,
+    find_truth,
     make_input,
     make_pairs,
 )
@@ -42,34 +46,67 @@ def draws(shape: tuple[int, ...], k: int | None, kind: str, dtype: torch.dtype) 
     return x, v, dy, *make_pairs(shape[0])
 
 
-def check_both(cases: Iterable[tuple], scale: float = -1.0) -> None:
+@dataclass(frozen=True)
+class Case:
+    """Inputs of both operators, and what is true of them."""
+
+    x: Tensor
+    v: Tensor | None
+    dy: Tensor
+    partner: Tensor
+    eta: Tensor
+    scale: float = -1.0
+
+    @cached_property
+    def sci(self) -> Truth:
+        return find_truth(evaluate_sci, self.x, self.v, self.dy, scale=self.scale)
+
+    @cached_property
+    def cci(self) -> Truth:
+        return find_truth(evaluate_cci, *self.cci_inputs, scale=self.scale)
+
+    @property
+    def cci_inputs(self) -> tuple[Tensor | None, ...]:
+        return self.x, self.partner, self.eta, self.v, self.dy
+
+
+# Of one test, so that the instruction sets, which change first, share what is true.
+@lru_cache(maxsize=1)
+def cases(
+    shapes: tuple[tuple[int, ...], ...],
+    k: int | None,
+    kind: str,
+    dtype: torch.dtype,
+    scale: float = -1.0,
+) -> list[Case]:
+    return [Case(*draws(shape, k, kind, dtype), scale) for shape in shapes]
+
+
+def check_both(cases: Sequence[Case]) -> None:
     """The rule for both operators; that of d eta, one number an image, over all cases together."""
     detas = []
-    for x, v, dy, partner, eta in cases:
+    for case in cases:
         with poisoned_memory():
-            check_sci("cpu", x, v, dy, scale)
-            actual = evaluate_cci(x, partner, eta, v, dy, scale, backend="cpu").results
-        plain = evaluate_cci(x, partner, eta, v, dy, scale, backend="torch").results
-        x, v, dy, eta = (None if t is None else t.double() for t in (x, v, dy, eta))
-        exact = evaluate_cci(x, partner, eta, v, dy, scale, backend="torch").results
-        detas.append([results.pop("deta") for results in (actual, plain, exact)])
-        for name, found in actual.items():
-            assert_exact_as_torch(f"cci {name}", found, plain[name], exact[name])
+            check_sci("cpu", case.x, case.v, case.dy, case.scale, case.sci)
+            actual = evaluate_cci(*case.cci_inputs, case.scale, backend="cpu").results
+        plain, exact = case.cci.plain, case.cci.exact
+        detas.append([results["deta"] for results in (actual, plain, exact)])
+        for name in actual.keys() - {"deta"}:
+            assert_exact_as_torch(f"cci {name}", actual[name], plain[name], exact[name])
     assert_exact_as_torch("cci deta", *(torch.cat(parts) for parts in zip(*detas, strict=True)))
 
 
-@pytest.mark.parametrize("kind", INPUT_KINDS)
 @pytest.mark.parametrize(("isa", "dtype"), ISA_DTYPES, indirect=["isa"], ids=str)
+@pytest.mark.parametrize("kind", INPUT_KINDS)
 @pytest.mark.parametrize("k", [None, 1, 9])
 def test_the_rule(isa: str, kind: str, dtype: torch.dtype, k: int | None) -> None:
-    check_both(draws(shape, k, kind, dtype) for shape in SHAPES)
+    check_both(cases(SHAPES, k, kind, dtype))
 
 
 @pytest.mark.parametrize("scale", [1.0, -0.3])
 @pytest.mark.parametrize("k", [None, 9])
 def test_the_rule_for_other_scales(isa: str, scale: float, k: int | None) -> None:
-    shapes = ((3, 64, 49), (2, 200, 33))
-    check_both((draws(shape, k, "relu", torch.float32) for shape in shapes), scale)
+    check_both(cases(((3, 64, 49), (2, 200, 33)), k, "relu", torch.float32, scale))
 
 
 @pytest.mark.slow
@@ -79,13 +116,13 @@ def test_the_rule_at_the_papers_size(dtype: torch.dtype, k: int | None) -> None:
     # The gradient of |M| jumps where M = 0, and of 8 million entries some are nearer to it than
     # float32 can tell. With these eta, none is.
     eta = torch.tensor([-0.5, -0.2])
-    cases = []
+    found = []
     for kind in INPUT_KINDS:
         x = make_input(kind, (2, 2048, 196), dtype)
         v = None if k is None else make_input("randn", (2, 2048, k), dtype, seed=2)
         dy = make_input("randn", (x if v is None else v).shape, dtype, seed=1)
-        cases.append((x, v, dy, torch.tensor([1, 0]), eta))
-    check_both(cases)
+        found.append(Case(x, v, dy, torch.tensor([1, 0]), eta))
+    check_both(found)
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
