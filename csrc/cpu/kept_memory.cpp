@@ -101,7 +101,7 @@ Keeper& keeper() {
 at::Tensor kept_empty(at::IntArrayRef sizes) {
   const size_t bytes = c10::multiply_integers(sizes) * sizeof(float);
   // Small pieces come from the allocator's own stock.
-  if (bytes < 2 * kHugePage) return at::empty(sizes, at::kFloat);
+  if (bytes < kHugePage / 2) return at::empty(sizes, at::kFloat);
   const Piece piece = keeper().take((bytes + kHugePage - 1) / kHugePage * kHugePage);
   at::Tensor memory =
       at::from_blob(piece.start, sizes, [piece](void*) { keeper().drop(piece); }, at::kFloat);
