@@ -7,6 +7,7 @@ import torch
 from cpu_isas import poisoned_memory
 
 import cin_fast
+import cin_fast.thin
 
 OPS = torch.ops.cin_fast
 MIB = 1 << 20
