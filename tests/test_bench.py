@@ -127,6 +127,15 @@ def test_the_short_table_gives_ratios_of_rounds_to_each_rival(bench):
     assert row == "| dense `sci`, forward | cpu | 4.00 | - | 3.00 | 1 / 1 |"
 
 
+def test_the_short_table_leaves_out_what_was_compared_with_nobody(bench):
+    alone = SCI.replace("forward", "forward + backward")
+    run = bench("results_file").from_benchmark(
+        make_run(*ROWS, (alone, "cpu", [1e-3]), (alone, "reference", [1e-3]))
+    )
+    (row,) = bench("report").short_table(run).splitlines()[2:]
+    assert row.startswith("| dense `sci`, forward |")
+
+
 def test_the_full_table_gives_times_shares_and_reasons(bench, tmp_path):
     report, results = bench("report"), bench("results_file")
     run = results.from_benchmark(make_run(*ROWS))
