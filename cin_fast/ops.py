@@ -26,6 +26,7 @@ from cin_fast.arguments import (
 )
 
 TAP_BACKENDS = ("reference", "cpu")
+VALUE_BACKENDS = ("cpu",)
 
 
 def sci(
@@ -103,7 +104,11 @@ def cci(
         _require_definition(backend)
         y_BCK = reference.cci(x_BCL, partner, eta, x_BCL if v_BCK is None else v_BCK, scale)[0]
     else:
-        y_BCK = _op(pick_backend(x, backend), "cci")(x_BCL, partner, eta, v_BCK, scale)[0]
+        name = pick_backend(x, backend)
+        if name in VALUE_BACKENDS and not _needs_gradient(x, eta, v):
+            y_BCK = _op(name, "cci_values")(x_BCL, partner, eta, v_BCK, scale)
+        else:
+            y_BCK = _op(name, "cci")(x_BCL, partner, eta, v_BCK, scale)[0]
     return y_BCK.reshape((x if v is None else v).shape)
 
 
@@ -153,6 +158,10 @@ def empty_cache() -> int:
         The bytes given back; 0 where the backend is off.
     """
     return 0 if dispatch.unavailable("cpu") else torch.ops.cin_fast.cpu_release_kept()
+
+
+def _needs_gradient(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def _op(backend: str, stem: str) -> Any:
@@ -206,6 +215,12 @@ def _cci_fake(
     return _like_values(x, v), _like_values(x, v), *_row_statistics(x)
 
 
+def _cci_values_fake(
+    x: Tensor, partner: Tensor, eta: Tensor, v: Tensor | None, scale: float
+) -> Tensor:
+    return _like_values(x, v)
+
+
 def _cci_backward_fake(
     dy: Tensor,
     x: Tensor,
@@ -233,6 +248,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "sci": _sci_fake,
     "sci_backward": _sci_backward_fake,
     "cci": _cci_fake,
+    "cci_values": _cci_values_fake,
     "cci_backward": _cci_backward_fake,
     "tap_means": _tap_means_fake,
     "tap_means_backward": _tap_means_backward_fake,
@@ -378,6 +394,8 @@ for _name in dispatch.BACKENDS:
         torch.library.register_autograd(
             f"cin_fast::{_name}_{_stem}_backward", refuse_double_backward
         )
+for _name in VALUE_BACKENDS:
+    _define(_name, schemas.VALUES)
 for _name in TAP_BACKENDS:
     _define(_name, schemas.TAP_MEANS)
     torch.library.register_autograd(

@@ -22,6 +22,8 @@ OPERATORS = {
         " Tensor row_max, Tensor row_sum, float scale) -> (Tensor, Tensor, Tensor)"
     ),
 }
+# cci where nobody asks for a gradient: what its backward pass would need is not computed.
+VALUES = {"cci_values": "(Tensor x, Tensor partner, Tensor eta, Tensor? v, float scale) -> Tensor"}
 TAP_MEANS = {
     "tap_means": "(Tensor x) -> Tensor",
     "tap_means_backward": "(Tensor dv, SymInt height, SymInt width) -> Tensor",
@@ -61,6 +63,6 @@ KEPT_MEMORY = {"release_kept": "() -> int"}
 
 # Backend of a compiled extension -> what it holds.
 COMPILED = {
-    "cpu": OPERATORS | TAP_MEANS | PAIR_SWEEPS | THIN_LINEAR | KEPT_MEMORY,
+    "cpu": OPERATORS | VALUES | TAP_MEANS | PAIR_SWEEPS | THIN_LINEAR | KEPT_MEMORY,
     "cuda": OPERATORS,
 }

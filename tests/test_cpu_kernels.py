@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from typing import ClassVar
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from cpu_isas import ISA_DTYPES, poisoned_memory
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import cin_fast
 from cin_fast.testing import (
@@ -183,6 +185,43 @@ def test_same_bits_at_every_run_whatever_memory_held(isa: str, dtype: torch.dtyp
             assert same_bits(first, everything(x, v))
 
 
+@pytest.mark.parametrize(("isa", "dtype"), ISA_DTYPES, indirect=["isa"], ids=str)
+@pytest.mark.parametrize("k", [None, 9])
+def test_cci_gives_the_same_bits_where_no_gradient_is_asked_for(
+    isa: str, dtype: torch.dtype, k: int | None
+) -> None:
+    for shape in ((1, 65, 33), (1, 130, 196)):
+        x, v, _, partner, eta = draws(shape, k, "relu", dtype)
+        with poisoned_memory():
+            alone = cin_fast.cci(x, partner, eta, v, backend="cpu")
+        y = cin_fast.cci(x.requires_grad_(), partner, eta, v, backend="cpu")
+        assert y.requires_grad
+        assert not alone.requires_grad
+        assert torch.equal(alone, y)
+
+
+@pytest.mark.parametrize("which", ["x", "eta", "v"])
+def test_cci_leaves_out_what_a_gradient_needs_only_where_none_is_asked_for(which: str) -> None:
+    class Seen(TorchDispatchMode):
+        names: ClassVar[list[str]] = []
+
+        def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+            self.names.append(function.name())
+            return function(*arguments, **(keywords or {}))
+
+    x, v, _, partner, eta = draws((1, 9, 6), 3, "relu", torch.float32)
+    {"x": x, "eta": eta, "v": v}[which].requires_grad_()
+    with Seen() as seen:
+        y = cin_fast.cci(x, partner, eta, v, backend="cpu")
+    assert "cin_fast::cpu_cci_values" not in seen.names
+    assert torch.autograd.grad(y.sum(), {"x": x, "eta": eta, "v": v}[which])[0].isfinite().all()
+    for without in (torch.no_grad, torch.inference_mode):
+        seen.names.clear()
+        with seen, without():
+            cin_fast.cci(x, partner, eta, v, backend="cpu")
+        assert "cin_fast::cpu_cci_values" in seen.names
+
+
 def test_an_image_does_not_depend_on_the_batch_around_it() -> None:
     x = make_input("relu", (32, 70, 20))
     alone = torch.cat([cin_fast.sci(x[i : i + 1], backend="cpu") for i in range(32)])
@@ -303,6 +342,9 @@ def test_opcheck() -> None:
     for values in (None, v):
         torch.library.opcheck(torch.ops.cin_fast.cpu_sci, (x, values, -1.0))
         torch.library.opcheck(torch.ops.cin_fast.cpu_cci, (x, partner, eta, values, -1.0))
+        with torch.no_grad():
+            alone = (x.detach(), partner, eta.detach(), values, -1.0)
+            torch.library.opcheck(torch.ops.cin_fast.cpu_cci_values, alone)
 
 
 def test_compiles_as_one_graph() -> None:
@@ -313,6 +355,20 @@ def test_compiles_as_one_graph() -> None:
 
     (expected,) = torch.autograd.grad(call(x), x)
     (actual,) = torch.autograd.grad(torch.compile(call, fullgraph=True)(x), x)
+    torch.testing.assert_close(actual, expected)
+
+
+def test_compiled_cci_knows_whether_a_gradient_is_asked_for() -> None:
+    x, (partner, eta) = make_input("relu", (2, 5, 6)), make_pairs(2)
+    compiled = torch.compile(lambda x: cin_fast.cci(x, partner, eta, backend="cpu"), fullgraph=True)
+    values = compiled(x)
+    leaf = x.clone().requires_grad_()
+    y = compiled(leaf)
+    assert torch.equal(values, y)
+    (actual,) = torch.autograd.grad(y.sum(), leaf)
+    (expected,) = torch.autograd.grad(
+        cin_fast.cci(leaf, partner, eta, backend="reference").sum(), leaf
+    )
     torch.testing.assert_close(actual, expected)
 
 

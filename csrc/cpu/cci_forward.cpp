@@ -20,7 +20,7 @@ class PairsForward : Pairs {
     // x, v, y: elements.
     const void *x, *v;
     void* y;
-    // float32 whatever the elements are.
+    // float32 whatever the elements are; null where no gradient will ask for it.
     float* b;
     float *row_argmax, *row_sum;
     // Whether row_argmax and row_sum are known already.
@@ -32,13 +32,13 @@ class PairsForward : Pairs {
 
   void run() {
     const int64_t images = images_under_way(), rows = blocks_.padded();
-    Scratch memory(images * rows * (x_slots_ + 3 * width_ + 8));
+    Scratch memory(images * rows * (x_slots_ + (data_.b ? 3 : 2) * width_ + 8));
     for (int64_t n = 0; n < images; n++) {
       PairImage image{};
       image.x_columns = memory.take(rows * x_slots_);
       image.v_rows = memory.take(packed_row(rows, width_));
       image.acc = memory.take(rows * width_);
-      image.acc2 = memory.take(rows * width_);
+      image.acc2 = data_.b ? memory.take(rows * width_) : nullptr;
       take_statistics(image, memory);
       flight_.push_back(image);
     }
@@ -126,7 +126,8 @@ class PairsForward : Pairs {
     const int64_t pitch = mirrored ? isa_.pack * ld : ld;
     const float* v_rows = own.v_rows + packed_row(from, width_);
     multiply(a, pitch, v_rows, n, shape_.cols, depth, own.acc + to * width_, width_, !first);
-    multiply(b, pitch, v_rows, n, shape_.cols, depth, own.acc2 + to * width_, width_, !first);
+    if (data_.b)
+      multiply(b, pitch, v_rows, n, shape_.cols, depth, own.acc2 + to * width_, width_, !first);
   }
 
   void finish(const Job& job, int64_t side, int64_t block) {
@@ -135,6 +136,7 @@ class PairsForward : Pairs {
     const int64_t target = job.index[side] * blocks_.channels + row, cols = shape_.cols;
     isa_.results(sums.acc + row * width_, width_, rows, cols, nullptr,
                  isa_.at(data_.y, target * cols));
+    if (!data_.b) return;
     for (int64_t r = 0; r < rows; r++)
       std::copy_n(sums.acc2 + (row + r) * width_, cols, data_.b + (target + r) * cols);
   }
@@ -142,22 +144,26 @@ class PairsForward : Pairs {
   const Data data_;
 };
 
-// y in x's dtype and b in float32, from row_argmax and row_sum, or with these.
+enum class Keep { kValues, kGradients };
+
+// y in x's dtype and b in float32, from row_argmax and row_sum, or with these. b is empty where
+// values alone are kept.
 std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& x, const at::Tensor& partner,
                                            const at::Tensor& eta,
                                            const std::optional<at::Tensor>& v, double scale,
                                            at::Tensor& row_argmax, at::Tensor& row_sum,
-                                           bool known_weights) {
+                                           bool known_weights, Keep keep = Keep::kGradients) {
   const Kernels& isa = kernels_for(x);
   const at::Tensor our_x = elements(isa, x), our_v = v ? elements(isa, *v) : our_x;
   const at::Tensor wide_eta = wide(eta);
-  at::Tensor y = at::empty_like(our_v),
-             b = at::empty_like(our_v, our_v.options().dtype(at::kFloat));
+  at::Tensor y = at::empty_like(our_v);
+  at::Tensor b = keep == Keep::kGradients ? at::empty_like(our_v, our_v.options().dtype(at::kFloat))
+                                          : at::empty({0}, at::kFloat);
   const Shape shape{x.size(0), x.size(1), x.size(2), our_v.size(2)};
   const PairsForward::Data data{our_x.const_data_ptr(),
                                 our_v.const_data_ptr(),
                                 y.mutable_data_ptr(),
-                                b.mutable_data_ptr<float>(),
+                                keep == Keep::kGradients ? b.mutable_data_ptr<float>() : nullptr,
                                 row_argmax.mutable_data_ptr<float>(),
                                 row_sum.mutable_data_ptr<float>(),
                                 known_weights};
@@ -166,6 +172,14 @@ std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& x, const at::Tensor
                  wide_eta.const_data_ptr<float>(), data)
         .run();
   return {y.to(x.scalar_type()), b};
+}
+
+at::Tensor cci_values(const at::Tensor& x, const at::Tensor& partner, const at::Tensor& eta,
+                      const std::optional<at::Tensor>& v, double scale) {
+  check_pairs("cpu_cci_values", x, partner, eta, v);
+  at::Tensor row_argmax = at::empty({x.size(0), x.size(1)}, x.options().dtype(at::kFloat));
+  at::Tensor row_sum = at::empty_like(row_argmax);
+  return std::get<0>(forward(x, partner, eta, v, scale, row_argmax, row_sum, false, Keep::kValues));
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> cci(const at::Tensor& x,
@@ -194,6 +208,7 @@ std::tuple<at::Tensor, at::Tensor> cci_after_sci(const at::Tensor& x, const at::
 
 TORCH_LIBRARY_IMPL(cin_fast, CPU, m) {
   m.impl("cpu_cci", &cci);
+  m.impl("cpu_cci_values", &cci_values);
   m.impl("cpu_cci_after_sci", &cci_after_sci);
 }
 
