@@ -13,6 +13,7 @@ import importlib
 import importlib.util
 import json
 import os
+import warnings
 from collections.abc import Callable
 from importlib.machinery import PathFinder
 from pathlib import Path
@@ -36,6 +37,7 @@ PREFERENCE: dict[str, tuple[str, ...]] = {
 
 _Function = TypeVar("_Function", bound=Callable[..., object])
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_BUILD = "python setup.py build_ext --inplace"
 _DEVICE_OF = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}
 
 
@@ -145,31 +147,38 @@ def _load_triton() -> str:
 
 
 def _load_extension(name: str) -> str:
-    fix = "python setup.py build_ext --inplace"
-    record = _build_record()
+    backend = "cpu" if name == "_cpu" else "cuda"
     library = _library(name)
     if library is None:
-        reason = record.get("reasons", {}).get("cpu" if name == "_cpu" else "cuda", "")
+        reason = _build_record().get("reasons", {}).get(backend, "")
         if reason:
             return f"cin_fast.{name} was not built: {reason}"
-        return f"cin_fast.{name} is not built ({fix})"
-    backend, key = ("cpu", "CPU") if name == "_cpu" else ("cuda", "CUDA")
+        return f"cin_fast.{name} is not built ({_BUILD})"
+    reason = _load_library(name, backend, library)
+    if reason:
+        # Who built it counts on it, and another backend is slower.
+        warnings.warn(f"the {backend} backend is off: {reason}", stacklevel=2)
+    return reason
+
+
+def _load_library(name: str, backend: str, library: str) -> str:
     # What was built beside another torch than its own (a classic extension), or for other schemas,
     # may end the process when it is loaded instead of raising, so the record is compared first.
+    record = _build_record()
     built_with = record.get("torch", torch.__version__)
-    if name == "_cpu" and built_with != torch.__version__:
+    if backend == "cpu" and built_with != torch.__version__:
         return f"cin_fast.{name} was built for torch {built_with}, this is {torch.__version__}"
     for stem, schema in schemas.COMPILED[backend].items():
         if record.get("schemas", {}).get(f"{backend}_{stem}") != schema:
-            return f"cin_fast.{name} was built for another schema of {stem}: build it again ({fix})"
+            return f"cin_fast.{name} was built for another schema of {stem}: build again ({_BUILD})"
     try:
         # The extensions hold operators and no Python, so any interpreter can load them.
         torch.ops.load_library(library)
     except (ImportError, OSError) as error:
         return f"cin_fast.{name} did not load: {error}"
     for stem in schemas.COMPILED[backend]:
-        if not _has_kernel(f"cin_fast::{backend}_{stem}", key):
-            return f"cin_fast.{name} holds no {stem}: build it again ({fix})"
+        if not _has_kernel(f"cin_fast::{backend}_{stem}", backend.upper()):
+            return f"cin_fast.{name} holds no {stem}: build again ({_BUILD})"
     return ""
 
 
