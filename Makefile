@@ -25,8 +25,8 @@ demo: install ## Train CIN and its plain backbone on the built-in images (under 
 
 # Two processes share the cores: threads that wait for each other must not keep them busy.
 test: install ## Run every test this machine can run, and say why the others cannot.
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder \
-	    $(PYTEST_ARGS)
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q -n $(TEST_PROCESSES) --dist loadfile \
+	    --no-loadscope-reorder $(PYTEST_ARGS)
 
 lint: install ## Check style, types and formatting.
 	$(BIN)/ruff check .

@@ -37,6 +37,7 @@ PREFERENCE: dict[str, tuple[str, ...]] = {
 
 _Function = TypeVar("_Function", bound=Callable[..., object])
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_EXTENSIONS = {"cpu": "_cpu", "cuda": "_C"}
 _BUILD = "python setup.py build_ext --inplace"
 _DEVICE_OF = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}
 
@@ -127,7 +128,7 @@ def _load(backend: str) -> str:
         return _load_triton()
     if backend == "cuda" and not torch.cuda.is_available():
         return "no CUDA device is visible"
-    return _load_extension("_cpu" if backend == "cpu" else "_C")
+    return _load_extension(backend)
 
 
 def _load_triton() -> str:
@@ -146,22 +147,23 @@ def _load_triton() -> str:
     return ""
 
 
-def _load_extension(name: str) -> str:
-    backend = "cpu" if name == "_cpu" else "cuda"
+def _load_extension(backend: str) -> str:
+    name = _EXTENSIONS[backend]
     library = _library(name)
     if library is None:
         reason = _build_record().get("reasons", {}).get(backend, "")
         if reason:
             return f"cin_fast.{name} was not built: {reason}"
         return f"cin_fast.{name} is not built ({_BUILD})"
-    reason = _load_library(name, backend, library)
+    reason = _load_library(backend, library)
     if reason:
         # Who built it counts on it, and another backend is slower.
         warnings.warn(f"the {backend} backend is off: {reason}", stacklevel=2)
     return reason
 
 
-def _load_library(name: str, backend: str, library: str) -> str:
+def _load_library(backend: str, library: str) -> str:
+    name = _EXTENSIONS[backend]
     # What was built beside another torch than its own (a classic extension), or for other schemas,
     # may end the process when it is loaded instead of raising, so the record is compared first.
     record = _build_record()

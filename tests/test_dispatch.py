@@ -52,21 +52,21 @@ def test_an_extension_for_another_torch_is_refused(monkeypatch):
         pytest.skip("the C++ extension is not built")
     monkeypatch.setattr(dispatch, "_build_record", lambda: {"torch": "1.0.0"})
     with pytest.warns(UserWarning, match="the cpu backend is off: .* built for torch 1.0.0"):
-        reason = dispatch._load_extension("_cpu")
+        reason = dispatch._load_extension("cpu")
     assert "built for torch 1.0.0" in reason
 
 
 def test_a_missing_extension_says_how_to_build_it(monkeypatch):
     monkeypatch.setattr(dispatch, "_build_record", dict)
     monkeypatch.setattr(dispatch, "_library", lambda name: None)
-    assert "python setup.py build_ext --inplace" in dispatch._load_extension("_cpu")
+    assert "python setup.py build_ext --inplace" in dispatch._load_extension("cpu")
 
 
 def test_why_it_was_not_built_is_repeated(monkeypatch):
     record = {"torch": torch.__version__, "reasons": {"cpu": "no C++ compiler"}}
     monkeypatch.setattr(dispatch, "_build_record", lambda: record)
     monkeypatch.setattr(dispatch, "_library", lambda name: None)
-    assert dispatch._load_extension("_cpu") == "cin_fast._cpu was not built: no C++ compiler"
+    assert dispatch._load_extension("cpu") == "cin_fast._cpu was not built: no C++ compiler"
 
 
 def test_info_names_every_backend():
@@ -83,7 +83,7 @@ def test_an_extension_of_an_older_checkout_is_refused(cpu_extension, monkeypatch
     loaded = []
     monkeypatch.setattr(torch.ops, "load_library", loaded.append)
     with pytest.warns(UserWarning, match="the cpu backend is off"):
-        reason = dispatch._load_extension("_cpu")
+        reason = dispatch._load_extension("cpu")
     assert "_cpu was built for another schema of sci: build again" in reason
     # Loading it could have ended the process.
     assert not loaded
@@ -95,4 +95,4 @@ def test_an_extension_without_a_kernel_is_refused(cpu_extension, monkeypatch):
     record["schemas"]["cpu_later"] = "() -> ()"
     monkeypatch.setattr(dispatch, "_build_record", lambda: record)
     with pytest.warns(UserWarning, match="_cpu holds no later: build again"):
-        dispatch._load_extension("_cpu")
+        dispatch._load_extension("cpu")

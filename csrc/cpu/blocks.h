@@ -10,7 +10,7 @@
 #include <thread>
 #include <vector>
 
-#include "memory.h"
+#include "scratch.h"
 
 namespace cin_fast {
 

@@ -8,10 +8,9 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <iterator>
 #include <limits>
-#include <memory>
 #include <mutex>
-#include <utility>
 #include <vector>
 
 #ifdef __linux__
@@ -96,6 +95,9 @@ Keeper& keeper() {
   return *keeper;
 }
 
+// Gives back to the system what is kept, and says how many bytes that were.
+int64_t release_kept() { return static_cast<int64_t>(keeper().release()); }
+
 }  // namespace
 
 at::Tensor kept_empty(at::IntArrayRef sizes) {
@@ -111,10 +113,8 @@ at::Tensor kept_empty(at::IntArrayRef sizes) {
   return memory;
 }
 
-int64_t release_kept() { return static_cast<int64_t>(keeper().release()); }
-
 TORCH_LIBRARY_IMPL(cin_fast, CompositeExplicitAutograd, m) {
-  m.impl("cpu_release_kept", release_kept);
+  m.impl("cpu_release_kept", &release_kept);
 }
 
 }  // namespace cin_fast

@@ -7,14 +7,9 @@
 
 #include <ATen/core/Tensor.h>
 
-#include <cstdint>
-
 namespace cin_fast {
 
 // A float32 tensor of unset contents. As torch::empty, NaN where deterministic algorithms are on.
 at::Tensor kept_empty(at::IntArrayRef sizes);
-
-// Gives back to the system what is kept, and says how many bytes that were.
-int64_t release_kept();
 
 }  // namespace cin_fast
