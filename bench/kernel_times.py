@@ -1,8 +1,8 @@
 """``python bench/kernel_times.py``: where a GPU's time goes, kernel by kernel.
 
-Times each operator at ResNet-50's map at 448 px in bfloat16, forward and in both directions, dense
-``sci`` beside plain PyTorch's ways, and splits a call in both directions into its kernels. Writes
-``kernels.json`` under bench/results/MACHINE after every operator.
+Times each operator and the pooled head at ResNet-50's map at 448 px in bfloat16, forward and in
+both directions, beside plain PyTorch's ways, and splits a call in both directions into its kernels.
+Writes ``kernels.json`` under bench/results/MACHINE after every one.
 """
 
 from __future__ import annotations
@@ -26,7 +26,16 @@ from gpu import describe_device, no_gpu
 from machine import results_folder
 from measure import interleaved, measure_ceilings
 from operators import Problem, run
-from rivals import OURS, eager_cci, eager_sci, sci_rivals
+from rivals import (
+    OURS,
+    Rival,
+    eager_cci,
+    eager_head,
+    eager_sci,
+    head_rivals,
+    pooled_head,
+    sci_rivals,
+)
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
@@ -40,28 +49,52 @@ LEAST_SECONDS = 4e-6
 
 @dataclass(frozen=True)
 class Subject:
-    """An operator with ``columns`` of v, who computes it, and on what."""
+    """An operator with ``columns`` of v, who computes it, on what, and what it multiplies."""
 
     operator: str
     columns: int
     ways: Mapping[str, Callable[..., Tensor]]
     problem: Problem
+    flops: Mapping[str, int]
 
 
 def subjects(case: Case) -> Iterator[Subject]:
-    """``sci`` and ``cci``, each with v = x and with thin v."""
+    """``sci`` and ``cci``, each with v = x and with thin v.
+
+    Partners lie on the CPU, as in training: on the GPU they would be waited for.
+    """
     shape = (case.batch, case.channels, case.positions)
     x, dy = (make_input(kind, shape, case.dtype, "cuda", seed)
              for seed, kind in enumerate(("relu", "randn")))  # fmt: skip
     v, dv = (make_input("randn", (*shape[:2], THIN), case.dtype, "cuda", seed) for seed in (2, 3))
-    partner, eta = make_pairs(case.batch, "cuda")
-    others = {r.name: r.call for r in sci_rivals() if not r.compiles and r.name not in OURS}
+    partner, eta = make_pairs(case.batch)
+    eta = eta.to("cuda")
     sci = {name: partial(cin_fast.sci, backend=name) for name in BACKENDS}
     cci = {name: partial(_cci, backend=name) for name in BACKENDS}
-    yield Subject("sci", case.positions, {**others, **sci}, Problem(eager_sci, (x,), dy=dy))
-    yield Subject("sci", THIN, sci, Problem(eager_sci, (x, v), dy=dv))
-    yield Subject("cci", case.positions, cci, Problem(eager_cci, (x,), (eta,), partner, dy))
-    yield Subject("cci", THIN, cci, Problem(eager_cci, (x, v), (eta,), partner, dv))
+    dense, thin = (flops(case, columns) for columns in (case.positions, THIN))
+    everybody, wide = _plain(sci_rivals()) | sci, case.positions
+    yield Subject("sci", wide, everybody, Problem(eager_sci, (x,), dy=dy), dense)
+    yield Subject("sci", THIN, sci, Problem(eager_sci, (x, v), dy=dv), thin)
+    yield Subject("cci", wide, cci, Problem(eager_cci, (x,), (eta,), partner, dy), dense)
+    yield Subject("cci", THIN, cci, Problem(eager_cci, (x, v), (eta,), partner, dv), thin)
+
+
+def head(case: Case) -> Subject:
+    """Features to the spatial mean of Z, ours through tap means."""
+    size = (case.batch, case.channels, case.height, case.width)
+    x = make_input("relu", size, case.dtype, "cuda")
+    weight = make_input("randn", (case.channels,) * 2 + (3, 3), case.dtype, "cuda", 1)
+    weight *= (THIN * case.channels) ** -0.5
+    bias, dy = torch.zeros_like(weight[:, 0, 0, 0]), torch.randn_like(x[..., 0, 0])
+    ours = {name: partial(pooled_head, backend=name) for name in BACKENDS}
+    forward = flops(case, THIN)["forward"] + 2 * case.batch * case.channels**2 * THIN
+    problem = Problem(eager_head, (x,), (weight, bias), dy=dy)
+    work = {"forward": forward, "both": 3 * forward}
+    return Subject("head", case.positions, _plain(head_rivals()) | ours, problem, work)
+
+
+def _plain(rivals: Sequence[Rival]) -> dict[str, Callable[..., Tensor]]:
+    return {one.name: one.call for one in rivals if not one.compiles and one.name not in OURS}
 
 
 def _cci(x: Tensor, *more: Tensor, backend: str) -> Tensor:
@@ -76,7 +109,7 @@ def flops(case: Case, columns: int) -> dict[str, int]:
     return {"forward": forward, "both": 3 * forward + sci_flops(x, (*v[:2], 0))}
 
 
-def rows(subject: Subject, case: Case, commit: str) -> tuple[list[Any], list[Any]]:
+def rows(subject: Subject, commit: str) -> tuple[list[Any], list[Any]]:
     """A row of kernels.json for each way that runs, and a reason for each that does not."""
     both, forward = subject.problem, replace(subject.problem, dy=None)
     found: dict[str, dict[str, Any]] = {}
@@ -88,12 +121,14 @@ def rows(subject: Subject, case: Case, commit: str) -> tuple[list[Any], list[Any
         except (RuntimeError, ValueError) as error:
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
             reasons.append({**about, "name": name, "reason": reason})
-    work = flops(case, subject.columns)
     for direction, given in (("forward", forward), ("both", both)):
         calls = {name: partial(run, subject.ways[name], given) for name in found}
         timed = interleaved(calls, DEVICE, budget=0.0, least=ROUNDS, most=ROUNDS) if calls else {}
         for name, one in timed.items():
-            found[name][direction] = {"seconds": median(one.seconds), "flops": work[direction]}
+            found[name][direction] = {
+                "seconds": median(one.seconds),
+                "flops": subject.flops[direction],
+            }
     return list(found.values()), reasons
 
 
@@ -136,8 +171,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     about |= {"ceilings": limits, "left_out": [], "rows": []}
     path = options.output or results_folder() / "kernels.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    for subject in subjects(case):
-        measured, reasons = rows(subject, case, about["commit"])
+    for subject in (*subjects(case), head(case)):
+        measured, reasons = rows(subject, about["commit"])
         about["rows"] += measured
         about["left_out"] += reasons
         path.write_text(json.dumps(about, indent=2) + "\n")

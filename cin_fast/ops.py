@@ -25,7 +25,7 @@ from cin_fast.arguments import (
     flat_map,
 )
 
-TAP_BACKENDS = ("reference", "cpu")
+TAP_BACKENDS = ("reference", "cpu", "cuda")
 VALUE_BACKENDS = ("cpu",)
 
 
@@ -144,8 +144,8 @@ def tap_means(x: Tensor) -> Tensor:
         raise ValueError(f"x: expected (B, C, H, W), found shape {tuple(x.shape)}")
     if dispatch.transformed(x):
         return reference.tap_means(x)
-    name = "reference" if dispatch.why_not(x, "cpu") else "cpu"
-    return _op(name, "tap_means")(x)
+    compiled = (name for name in ("cpu", "cuda") if not dispatch.why_not(x, name))
+    return _op(next(compiled, "reference"), "tap_means")(x)
 
 
 def empty_cache() -> int:

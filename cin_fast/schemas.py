@@ -64,5 +64,5 @@ KEPT_MEMORY = {"release_kept": "() -> int"}
 # Backend of a compiled extension -> what it holds.
 COMPILED = {
     "cpu": OPERATORS | VALUES | TAP_MEANS | PAIR_SWEEPS | THIN_LINEAR | KEPT_MEMORY,
-    "cuda": OPERATORS,
+    "cuda": OPERATORS | TAP_MEANS,
 }

@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cin_fast import dispatch
+from cin_fast import dispatch, schemas
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _GUARD = 4096
@@ -140,7 +140,7 @@ class Emulator:
     def register(self) -> torch.library.Library:
         """The operators stay registered for as long as the result lives."""
         library = torch.library.Library("cin_fast", "IMPL")
-        for name in ("sci", "sci_backward", "cci", "cci_backward"):
+        for name in schemas.COMPILED["cuda"]:
             library.impl(f"cuda_{name}", getattr(self, name), "CPU")
         return library
 
@@ -199,11 +199,32 @@ class Emulator:
         arguments.call("emulated_cci_backward", inputs, [dx, deta, dv])
         return dx, deta, x.new_empty(0) if dv is None else dv
 
+    def tap_means(self, x: Tensor) -> Tensor:
+        flat = x.flatten(2)
+        arguments = _Arguments(self, flat, None, 1.0, columns=x.shape[3])
+        v = arguments.output((*x.shape[:2], 9), x.dtype)
+        arguments.call("emulated_tap_means", [flat], [v])
+        return v
+
+    def tap_means_backward(self, dv: Tensor, height: int, width: int) -> Tensor:
+        like = dv.new_empty((1, 1, 1)).expand(*dv.shape[:2], height * width)
+        arguments = _Arguments(self, like, None, 1.0, columns=width)
+        dx = arguments.output((*dv.shape[:2], height, width), dv.dtype)
+        arguments.call("emulated_tap_means_backward", [dv.contiguous()], [dx])
+        return dx
+
 
 class _Arguments:
     """One call: inputs and outputs lie between guards, outputs are poisoned with NaN."""
 
-    def __init__(self, emulator: Emulator, x: Tensor, v: Tensor | None, scale: float) -> None:
+    def __init__(
+        self,
+        emulator: Emulator,
+        x: Tensor,
+        v: Tensor | None,
+        scale: float,
+        columns: int | None = None,
+    ) -> None:
         self._emulator = emulator
         self._library = emulator._library
         batch, channels, positions = x.shape
@@ -212,7 +233,7 @@ class _Arguments:
             batch,
             channels,
             positions,
-            positions if v is None else v.shape[2],
+            columns or (positions if v is None else v.shape[2]),
             scale,
             int(emulator.float32_products != "highest"),
             emulator.shared_limit,

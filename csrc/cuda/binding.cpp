@@ -77,7 +77,6 @@ class Call {
  public:
   explicit Call(const Tensor& x) : guard_(x.get_device_index()), device_(x.device()) {
     STD_TORCH_CHECK(x.is_cuda(), "cin_fast cuda: x: expected a CUDA tensor");
-    STD_TORCH_CHECK(x.dim() == 3, "cin_fast cuda: x: expected (B, C, L)");
     context.owner = this;
     context.allocate = [](void* owner, size_t bytes) {
       return static_cast<Call*>(owner)->allocate(bytes);
@@ -135,9 +134,13 @@ std::vector<int64_t> shape_of(const Tensor& t) { return {t.size(0), t.size(1), t
 
 const Tensor& values(const Tensor& x, const std::optional<Tensor>& v) { return v ? *v : x; }
 
+void check_image(int64_t elements) {
+  STD_TORCH_CHECK(elements < INT32_MAX, "cin_fast cuda: x: an image of more than 2^31 elements");
+}
+
 cin_fast::Shape shape(const Tensor& x, const std::optional<Tensor>& v) {
-  STD_TORCH_CHECK(x.numel() / std::max<int64_t>(1, x.size(0)) < INT32_MAX,
-                  "cin_fast cuda: x: an image of more than 2^31 elements");
+  STD_TORCH_CHECK(x.dim() == 3, "cin_fast cuda: x: expected (B, C, L)");
+  check_image(x.size(1) * x.size(2));
   return {static_cast<int>(x.size(0)), static_cast<int>(x.size(1)), static_cast<int>(x.size(2)),
           static_cast<int>(values(x, v).size(2))};
 }
@@ -223,6 +226,41 @@ std::tuple<Tensor, Tensor, Tensor> cci_backward(const Tensor& dy, const Tensor& 
   return {dx, deta, dv};
 }
 
+cin_fast::Map map_of(const Tensor& channels, int64_t height, int64_t width) {
+  check_image(channels.size(1) * height * width);
+  return {static_cast<int>(channels.size(0)), static_cast<int>(channels.size(1)),
+          static_cast<int>(height), static_cast<int>(width)};
+}
+
+// A map whose positions are one axis, as in either of torch's memory formats.
+Tensor with_one_axis(const Tensor& x) {
+  const bool is_one = x.size(2) == 1 || x.size(3) == 1 || x.stride(2) == x.size(3) * x.stride(3);
+  return is_one ? x : torch::stable::contiguous(x);
+}
+
+Tensor tap_means(const Tensor& x) {
+  STD_TORCH_CHECK(x.dim() == 4, "cin_fast cuda: x: expected (B, C, H, W)");
+  Call call(x);
+  const Tensor map = with_one_axis(x);
+  const int64_t step = map.stride(map.size(3) > 1 ? 3 : 2);
+  Tensor v = call.empty({x.size(0), x.size(1), 9}, x.scalar_type());
+  check(cin_fast::tap_means(call.context, dtype_of(x), map_of(x, x.size(2), x.size(3)),
+                            {map.const_data_ptr(), {map.stride(0), map.stride(1), step}},
+                            data<void>(v)),
+        "tap_means");
+  return v;
+}
+
+Tensor tap_means_backward(const Tensor& dv, int64_t height, int64_t width) {
+  Call call(dv);
+  const Tensor dense = torch::stable::contiguous(dv);
+  Tensor dx = call.empty({dv.size(0), dv.size(1), height, width}, dv.scalar_type());
+  check(cin_fast::tap_means_backward(call.context, dtype_of(dv), map_of(dv, height, width),
+                                     const_data<void>(dense), data<void>(dx)),
+        "tap_means_backward");
+  return dx;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(cin_fast, CUDA, m) {
@@ -230,4 +268,6 @@ STABLE_TORCH_LIBRARY_IMPL(cin_fast, CUDA, m) {
   m.impl("cuda_sci_backward", TORCH_BOX(&sci_backward));
   m.impl("cuda_cci", TORCH_BOX(&cci));
   m.impl("cuda_cci_backward", TORCH_BOX(&cci_backward));
+  m.impl("cuda_tap_means", TORCH_BOX(&tap_means));
+  m.impl("cuda_tap_means_backward", TORCH_BOX(&tap_means_backward));
 }

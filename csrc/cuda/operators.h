@@ -30,6 +30,11 @@ struct Shape {
   int batch, channels, positions, columns;
 };
 
+// A (B, C, H, W) tensor whose positions are one axis of its View.
+struct Map {
+  int batch, channels, height, width;
+};
+
 // Where and how to run; allocate() returns device memory that outlives the launches.
 struct Context {
   cudaStream_t stream;
@@ -81,5 +86,9 @@ cudaError_t cci_forward(const Context& context, Dtype dtype, const Shape& shape,
                         const CciForward& arguments);
 cudaError_t cci_backward(const Context& context, Dtype dtype, const Shape& shape, float scale,
                          const CciBackward& arguments);
+// v is (B, C, 9), its gradient dv, too; these and dx are contiguous.
+cudaError_t tap_means(const Context& context, Dtype dtype, const Map& map, const View& x, void* v);
+cudaError_t tap_means_backward(const Context& context, Dtype dtype, const Map& map, const void* dv,
+                               void* dx);
 
 }  // namespace cin_fast

@@ -44,6 +44,11 @@ cin_fast::Shape shape_of(const EmulationCall& call) {
   return {call.batch, call.channels, call.positions, call.columns};
 }
 
+// Of tap_means the columns are a row's.
+cin_fast::Map map_of(const EmulationCall& call) {
+  return {call.batch, call.channels, call.positions / call.columns, call.columns};
+}
+
 }  // namespace
 
 extern "C" int emulated_sci_forward(const EmulationCall* call, const void* x, const long* x_strides,
@@ -87,4 +92,18 @@ extern "C" int emulated_cci_backward(const EmulationCall* call, const void* dy,
                                 shape_of(*call), call->scale,
                                 {view(dy, dy_strides), view(x, x_strides), view(v, v_strides),
                                  partner, eta, row_max, row_sum, dx, dv, deta});
+}
+
+extern "C" int emulated_tap_means(const EmulationCall* call, const void* x, const long* x_strides,
+                                  void* v) {
+  Workspace workspace;
+  return cin_fast::tap_means(context_of(workspace, *call), cin_fast::Dtype(call->dtype),
+                             map_of(*call), view(x, x_strides), v);
+}
+
+extern "C" int emulated_tap_means_backward(const EmulationCall* call, const void* dv, const long*,
+                                           void* dx) {
+  Workspace workspace;
+  return cin_fast::tap_means_backward(context_of(workspace, *call), cin_fast::Dtype(call->dtype),
+                                      map_of(*call), dv, dx);
 }

@@ -1,0 +1,175 @@
+"""``python bench/backends.py``: ``cuda`` and ``triton`` beside each other, on a GPU.
+
+Over what may decide between them: operator, width of v, map, dtype, and how float32 is multiplied.
+Writes ``backends.json`` under bench/results/MACHINE after every question; the order of backends in
+cin_fast/dispatch.py rests on it. Results of both are compared before they are timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from cases import DEVICE, Case, main_case, network_cases
+from gpu import describe_device, no_gpu
+from kernel_times import BACKENDS, THIN, Subject, subjects
+from machine import results_folder
+from measure import interleaved
+from operators import run
+
+FILE = "backends.json"
+ROUNDS = 9
+# Between two right results in bfloat16; in float32 products rounded to TF32 differ by less.
+DISAGREEMENT = 5e-2
+
+
+@dataclass(frozen=True)
+class Question:
+    """Who is faster at this operator, v of ``columns`` (0: v = x), on a case's map in its dtype?
+
+    ``precision`` is what ``torch.set_float32_matmul_precision`` gets.
+    """
+
+    case: Case
+    operator: str
+    columns: int
+    precision: str = "highest"
+
+
+def questions() -> Iterator[Question]:
+    """The most asked first."""
+    maps = {case.name: case for case in network_cases()} | {"main": main_case()}
+    dense, thin = ("sci", 0), ("sci", THIN)
+    everything = (dense, thin, ("cci", 0), ("cci", THIN))
+    half, other, single = (("bfloat16",), ("float16",), ("float32", "high"))
+    ieee = ("float32", "highest")
+    for name, dtypes, operators in (
+        ("main", (half, other, single, ieee), everything),
+        ("resnet50-600", (half,), everything),
+        ("resnet50-224", (half,), everything),
+        ("vgg19-448", (half, single, ieee), (dense, thin)),
+        ("danet-64", (half, single, ieee), (dense,)),
+        ("resnet50-224", (single, ieee), (dense, thin)),
+        ("resnet50-600", (single, ieee), (dense, thin)),
+        ("resnet50-600", (other,), (dense,)),
+    ):
+        for dtype_name, *precision in dtypes:
+            case = replace(maps[name], dtype_name=dtype_name, backward=False)
+            for operator, columns in operators:
+                yield Question(case, operator, columns, *precision)
+
+
+def subject_of(question: Question) -> Subject:
+    """The operator with its inputs; sets how float32 is multiplied."""
+    torch.set_float32_matmul_precision(question.precision)
+    columns = question.columns or question.case.positions
+    (found,) = (
+        one
+        for one in subjects(question.case)
+        if (one.operator, one.columns) == (question.operator, columns)
+    )
+    return found
+
+
+def compile_ahead(question: Question) -> str:
+    """Fills Triton's cache; a failure shows when it is timed."""
+    subject = subject_of(question)
+    try:
+        run(subject.ways["triton"], subject.problem)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}".splitlines()[0]
+    return ""
+
+
+def answer(question: Question) -> dict[str, Any]:
+    """Seconds of each backend in each direction, medians; or why there are none."""
+    subject = subject_of(question)
+    about: dict[str, Any] = asdict(question)
+    try:
+        about["disagreement"] = disagreement(subject)
+        for direction, dy in (("forward", None), ("both", subject.problem.dy)):
+            problem = replace(subject.problem, dy=dy)
+            calls = {name: partial(run, subject.ways[name], problem) for name in BACKENDS}
+            timed = interleaved(calls, DEVICE, budget=0.0, least=ROUNDS, most=ROUNDS)
+            about[direction] = {name: median(one.seconds) for name, one in timed.items()}
+    except (RuntimeError, ValueError) as error:
+        about["reason"] = f"{type(error).__name__}: {error}".splitlines()[0]
+    return about
+
+
+def disagreement(subject: Subject) -> float:
+    """Of value and gradients the largest relative distance between the backends.
+
+    Raises:
+        ValueError: if it is more than rounding.
+    """
+    ours, theirs = (run(subject.ways[name], subject.problem) for name in BACKENDS)
+    most = max(
+        float((a.double() - b.double()).norm() / b.double().norm().clamp(min=1e-30))
+        for a, b in zip(ours, theirs, strict=True)
+    )
+    if not most < DISAGREEMENT:
+        raise ValueError(f"the backends disagree by {most:.1e}")
+    return most
+
+
+def line(row: dict[str, Any]) -> str:
+    """A row for the terminal."""
+    case, columns = row["case"], row["columns"] or "x"
+    name = f"{row['operator']} v={columns} {case['name']} {case['dtype_name']} {row['precision']}"
+    if "reason" in row:
+        return f"{name}: {row['reason']}"
+    times = (
+        f"{direction} {' '.join(f'{b} {1e3 * row[direction][b]:.3f} ms' for b in BACKENDS)}"
+        for direction in ("forward", "both")
+    )
+    return f"{name}: {', '.join(times)}; apart by {row['disagreement']:.1e}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """0 if every question was answered, 1 if one was not, 2 where nothing can run."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--output", type=Path, help=f"(default: bench/results/MACHINE/{FILE})")
+    parser.add_argument("--commit", help="what runs, where git does not know")
+    parser.add_argument("--limit", type=float, default=300.0, help="seconds for all (300)")
+    options = parser.parse_args(arguments)
+    if problem := no_gpu():
+        print(f"bench/backends.py: {problem}", file=sys.stderr)
+        return 2
+    end = time.monotonic() + options.limit
+    asked = list(questions())
+    with ProcessPoolExecutor(
+        os.cpu_count(), mp_context=multiprocessing.get_context("spawn")
+    ) as pool:
+        pool.map(compile_ahead, asked)
+    about = describe_device()
+    about |= {"commit": options.commit or about["commit"], "rows": [], "not_asked": 0}
+    path = options.output or results_folder() / FILE
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for number, question in enumerate(asked):
+        if time.monotonic() > end:
+            about["not_asked"] = len(asked) - number
+            break
+        about["rows"].append(answer(question))
+        print(line(about["rows"][-1]), flush=True)
+        path.write_text(json.dumps(about, indent=2) + "\n")
+    print(f"bench/backends.py: {path}, {about['not_asked']} questions not asked")
+    return int(about["not_asked"] > 0 or any("reason" in row for row in about["rows"]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
