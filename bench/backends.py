@@ -1,8 +1,8 @@
-"""``python bench/backends.py``: ``cuda`` and ``triton`` beside each other, on a GPU.
+"""``python bench/backends.py``: the backends of a GPU beside each other, and beside eager PyTorch.
 
 Over what may decide between them: operator, width of v, map, dtype, and how float32 is multiplied.
 Writes ``backends.json`` under bench/results/MACHINE after every question; the order of backends in
-cin_fast/dispatch.py rests on it. Results of both are compared before they are timed.
+cin_fast/dispatch.py rests on it. Results of ours are compared before they are timed.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -26,12 +27,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from cases import DEVICE, Case, main_case, network_cases
 from gpu import describe_device, no_gpu
-from kernel_times import BACKENDS, THIN, Subject, subjects
+from kernel_times import THIN, Subject, subjects
 from machine import results_folder
 from measure import interleaved
 from operators import run
+from torch import Tensor
+
+import cin_fast
 
 FILE = "backends.json"
+OURS = ("cuda", "triton", "matmul")
 ROUNDS = 9
 # Between two right results in bfloat16; in float32 products rounded to TF32 differ by less.
 DISAGREEMENT = 5e-2
@@ -85,25 +90,50 @@ def subject_of(question: Question) -> Subject:
     return found
 
 
+def ways(subject: Subject, names: Sequence[str]) -> dict[str, Callable[..., Tensor]]:
+    """Who computes the subject's operator, by name: ours, and eager PyTorch."""
+    found = {name: partial(_ours, subject.operator, name) for name in names}
+    return found | {"eager": partial(_eager, subject.operator)}
+
+
+def _ours(operator: str, backend: str, x: Tensor, *more: Tensor) -> Tensor:
+    if operator == "sci":
+        return cin_fast.sci(x, *more, backend=backend)
+    *v, eta, partner = more
+    return cin_fast.cci(x, partner, eta, *v, backend=backend)
+
+
+def _eager(operator: str, x: Tensor, *more: Tensor) -> Tensor:
+    """As they are written, with whole matrices."""
+    weights = torch.softmax(torch.bmm(-x, x.transpose(1, 2)), -1)
+    if operator == "sci":
+        return torch.bmm(weights, *(more or (x,)))
+    *v, eta, partner = more
+    other = weights[partner.to(x.device)]
+    return torch.bmm((weights - eta.to(x.dtype)[:, None, None] * other).abs(), *(v or (x,)))
+
+
 def compile_ahead(question: Question) -> str:
     """Fills Triton's cache; a failure shows when it is timed."""
     subject = subject_of(question)
     try:
-        run(subject.ways["triton"], subject.problem)
+        run(ways(subject, ["triton"])["triton"], subject.problem)
     except Exception as error:
         return f"{type(error).__name__}: {error}".splitlines()[0]
     return ""
 
 
-def answer(question: Question) -> dict[str, Any]:
-    """Seconds of each backend in each direction, medians; or why there are none."""
+def answer(question: Question, names: Sequence[str]) -> dict[str, Any]:
+    """Seconds (medians) and bytes of each in each direction; or why there are none."""
     subject = subject_of(question)
     about: dict[str, Any] = asdict(question)
     try:
-        about["disagreement"] = disagreement(subject)
+        about["disagreement"] = disagreement(subject, names)
         for direction, dy in (("forward", None), ("both", subject.problem.dy)):
             problem = replace(subject.problem, dy=dy)
-            calls = {name: partial(run, subject.ways[name], problem) for name in BACKENDS}
+            calls = {
+                name: partial(run, call, problem) for name, call in ways(subject, names).items()
+            }
             timed = interleaved(calls, DEVICE, budget=0.0, least=ROUNDS, most=ROUNDS)
             about[direction] = {name: median(one.seconds) for name, one in timed.items()}
     except (RuntimeError, ValueError) as error:
@@ -111,17 +141,18 @@ def answer(question: Question) -> dict[str, Any]:
     return about
 
 
-def disagreement(subject: Subject) -> float:
-    """Of value and gradients the largest relative distance between the backends.
+def disagreement(subject: Subject, names: Sequence[str]) -> float:
+    """Of value and gradients the largest relative distance between ours.
 
     Raises:
         ValueError: if it is more than rounding.
     """
-    ours, theirs = (run(subject.ways[name], subject.problem) for name in BACKENDS)
-    most = max(
-        float((a.double() - b.double()).norm() / b.double().norm().clamp(min=1e-30))
-        for a, b in zip(ours, theirs, strict=True)
-    )
+    calls = ways(subject, names)
+    most = 0.0
+    for one, other in pairwise(run(calls[name], subject.problem) for name in names):
+        for a, b in zip(one, other, strict=True):
+            distance = (a.double() - b.double()).norm() / b.double().norm().clamp(min=1e-30)
+            most = max(most, float(distance))
     if not most < DISAGREEMENT:
         raise ValueError(f"the backends disagree by {most:.1e}")
     return most
@@ -134,10 +165,10 @@ def line(row: dict[str, Any]) -> str:
     if "reason" in row:
         return f"{name}: {row['reason']}"
     times = (
-        f"{direction} {' '.join(f'{b} {1e3 * row[direction][b]:.3f} ms' for b in BACKENDS)}"
+        f"{direction} " + " ".join(f"{who} {1e3 * s:.3f}" for who, s in row[direction].items())
         for direction in ("forward", "both")
     )
-    return f"{name}: {', '.join(times)}; apart by {row['disagreement']:.1e}"
+    return f"{name}: ms {', '.join(times)}; apart by {row['disagreement']:.1e}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -145,6 +176,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--output", type=Path, help=f"(default: bench/results/MACHINE/{FILE})")
     parser.add_argument("--commit", help="what runs, where git does not know")
+    parser.add_argument("--backends", nargs="+", default=OURS, choices=OURS, help="(all)")
     parser.add_argument("--limit", type=float, default=300.0, help="seconds for all (300)")
     options = parser.parse_args(arguments)
     if problem := no_gpu():
@@ -152,10 +184,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     end = time.monotonic() + options.limit
     asked = list(questions())
-    with ProcessPoolExecutor(
-        os.cpu_count(), mp_context=multiprocessing.get_context("spawn")
-    ) as pool:
-        pool.map(compile_ahead, asked)
+    if "triton" in options.backends:
+        spawned = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(os.cpu_count(), mp_context=spawned) as pool:
+            pool.map(compile_ahead, asked)
     about = describe_device()
     about |= {"commit": options.commit or about["commit"], "rows": [], "not_asked": 0}
     path = options.output or results_folder() / FILE
@@ -164,7 +196,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if time.monotonic() > end:
             about["not_asked"] = len(asked) - number
             break
-        about["rows"].append(answer(question))
+        about["rows"].append(answer(question, options.backends))
         print(line(about["rows"][-1]), flush=True)
         path.write_text(json.dumps(about, indent=2) + "\n")
     print(f"bench/backends.py: {path}, {about['not_asked']} questions not asked")

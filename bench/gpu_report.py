@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 OURS = ("triton", "cuda")
-_NO_RIVAL = (*OURS, "cpu", "reference")
+_NO_RIVAL = (*OURS, "matmul", "cpu", "reference")
 # Left out of a run that is short of time.
 _SLOW_TO_COMPILE = ("compiled", "flex")
 _TITLES = {

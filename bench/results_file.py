@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-OURS = ("cpu", "triton", "cuda")
+OURS = ("cpu", "matmul", "triton", "cuda")
 ATTENTION = ("sdpa", "sdpa-flash", "sdpa-efficient", "sdpa-cudnn", "flex")
 # Loaders are compared with the first of their group, models with the plain backbone.
 _BASELINE = {"models": "resnet50", "loading": "in the main process"}

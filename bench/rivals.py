@@ -163,7 +163,9 @@ def _needs_gpu(x: Tensor) -> str:
 
 
 def why_not_ours(backend: str, x: Tensor) -> str:
-    """Why a backend of ours cannot run on x; empty if it can."""
+    """Why a backend of ours has no turn on x; empty if it has one."""
+    if backend == "matmul" and not x.is_cuda:
+        return "on a CPU the cpu backend serves"
     return dispatch.why_not(x, backend)
 
 

@@ -25,7 +25,7 @@ from torch.autograd import forward_ad
 
 from cin_fast import schemas
 
-BACKENDS = ("reference", "cpu", "triton", "cuda")
+BACKENDS = ("reference", "matmul", "cpu", "triton", "cuda")
 
 # What `backend=None` tries, first to last, by device. Each row is justified by the tables under
 # bench/results. `cuda` is ahead of `triton` in every bfloat16 call measured (docs/kernels.md,
@@ -35,6 +35,8 @@ PREFERENCE: dict[str, tuple[str, ...]] = {
     "cuda": ("cuda", "triton", "reference"),
 }
 
+# In plain PyTorch.
+_ANYWHERE = ("reference", "matmul")
 _Function = TypeVar("_Function", bound=Callable[..., object])
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _EXTENSIONS = {"cpu": "_cpu", "cuda": "_C"}
@@ -75,7 +77,7 @@ def require(x: Tensor, backend: str, source: str = "backend") -> str:
 
 def why_not(x: Tensor, backend: str) -> str:
     """Why ``backend`` cannot run on ``x``, in one line; empty if it can."""
-    if backend == "reference":
+    if backend in _ANYWHERE:
         return ""
     device = x.device.type
     if device != _DEVICE_OF[backend] and not (backend == "triton" and _triton_interpreted()):
@@ -122,7 +124,7 @@ def _triton_interpreted() -> bool:
 
 @functools.cache
 def _load(backend: str) -> str:
-    if backend == "reference":
+    if backend in _ANYWHERE:
         return ""
     if backend == "triton":
         return _load_triton()

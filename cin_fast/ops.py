@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cin_fast import dispatch, reference, schemas
+from cin_fast import dispatch, matmul, reference, schemas
 from cin_fast.arguments import (
     as_autocast,
     as_number,
@@ -38,7 +38,8 @@ def sci(
         x: features, (B, C, L) or (B, C, H, W); float32, bfloat16, float16, or float64 (reference).
         v: what the weights are applied to, (B, C, K) or (B, C, H, W), of x's dtype; x if None.
         scale: -1 for the paper's SCI and DANet's channel attention, +1 for Pos-SCI.
-        backend: ``reference``, ``cpu``, ``triton`` or ``cuda``; None picks (``dispatch.choose``).
+        backend: ``reference``, ``matmul``, ``cpu``, ``triton`` or ``cuda``; None picks
+            (``dispatch.choose``).
 
     Returns:
         A tensor of v's shape and x's dtype. Under autocast, inputs are cast to its dtype.
@@ -299,6 +300,49 @@ def _reference_cci_backward(
     return (dx + dv, deta, x.new_empty(0)) if v is None else (dx, deta, dv)
 
 
+def _matmul_sci(x: Tensor, v: Tensor | None, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    row_max, row_sum = _row_statistics(x)
+    # Its backward starts again from x.
+    return matmul.sci(x, v, scale), row_max.zero_(), row_sum.zero_()
+
+
+def _matmul_cci(
+    x: Tensor, partner: Tensor, eta: Tensor, v: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    y = matmul.cci(x, partner, eta, v, scale)
+    row_max, row_sum = _row_statistics(x)
+    return y, torch.zeros_like(y), row_max.zero_(), row_sum.zero_()
+
+
+def _matmul_sci_backward(
+    dy: Tensor,
+    x: Tensor,
+    v: Tensor | None,
+    y: Tensor,
+    row_max: Tensor,
+    row_sum: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    dx, dv = matmul.sci_backward(dy, x, v, scale)
+    return dx, x.new_empty(0) if dv is None else dv
+
+
+def _matmul_cci_backward(
+    dy: Tensor,
+    x: Tensor,
+    partner: Tensor,
+    eta: Tensor,
+    v: Tensor | None,
+    y: Tensor,
+    b: Tensor,
+    row_max: Tensor,
+    row_sum: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dx, deta, dv = matmul.cci_backward(dy, x, partner, eta, v, scale)
+    return dx, deta, x.new_empty(0) if dv is None else dv
+
+
 _REFERENCE: dict[str, Callable[..., Any]] = {
     "sci": _reference_sci,
     "sci_backward": _reference_sci_backward,
@@ -307,6 +351,13 @@ _REFERENCE: dict[str, Callable[..., Any]] = {
     "tap_means": reference.tap_means,
     "tap_means_backward": reference.tap_means_backward,
 }
+_MATMUL: dict[str, Callable[..., Any]] = {
+    "sci": _matmul_sci,
+    "sci_backward": _matmul_sci_backward,
+    "cci": _matmul_cci,
+    "cci_backward": _matmul_cci_backward,
+}
+_IN_PYTHON = {"reference": _REFERENCE, "matmul": _MATMUL}
 
 
 def _sci_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -378,8 +429,8 @@ def _define(backend: str, operators: dict[str, str]) -> None:
         name = f"cin_fast::{backend}_{stem}"
         torch.library.define(name, schema, tags=(torch.Tag.pt2_compliant_tag,))
         torch.library.register_fake(name, _FAKES[stem])
-        if backend == "reference":
-            torch.library.impl(name, "CompositeExplicitAutograd", _REFERENCE[stem])
+        if backend in _IN_PYTHON:
+            torch.library.impl(name, "CompositeExplicitAutograd", _IN_PYTHON[backend][stem])
 
 
 for _name in dispatch.BACKENDS:

@@ -7,47 +7,26 @@ Logits and softmax are float32 for half-precision inputs; products are in the in
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-from typing import ParamSpec, TypeVar
-
 import torch
 from torch import Tensor
 
-P = ParamSpec("P")
-R = TypeVar("R")
+from cin_fast.autocast import as_written
 
 
-def _as_written(function: Callable[P, R]) -> Callable[P, R]:
-    """Run in the dtypes that the function names: autocast would round the logits."""
-
-    @functools.wraps(function)
-    def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        first = args[0]
-        assert isinstance(first, Tensor)
-        if first.is_meta:
-            # That device knows no autocast.
-            return function(*args, **kwargs)
-        with torch.autocast(first.device.type, enabled=False):
-            return function(*args, **kwargs)
-
-    return run
-
-
-@_as_written
+@as_written
 def sci_weights(x_BCL: Tensor, scale: float) -> Tensor:
     """W = softmax(scale * x x^T) over the last axis (Eq. 2): (B, C, C), at least float32."""
     wide = x_BCL.to(torch.promote_types(x_BCL.dtype, torch.float32))
     return torch.softmax(scale * (wide @ wide.mT), dim=-1)
 
 
-@_as_written
+@as_written
 def sci(x_BCL: Tensor, v_BCK: Tensor, scale: float) -> Tensor:
     """Y = W v (Eq. 1): (B, C, K)."""
     return sci_weights(x_BCL, scale).to(v_BCK.dtype) @ v_BCK
 
 
-@_as_written
+@as_written
 def sci_backward(
     dy_BCK: Tensor, x_BCL: Tensor, v_BCK: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -59,7 +38,7 @@ def sci_backward(
     return dx_BCL, dv_BCK
 
 
-@_as_written
+@as_written
 def cci(
     x_BCL: Tensor, partner_B: Tensor, eta_B: Tensor, v_BCK: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -75,7 +54,7 @@ def cci(
     return y_BCK, b_BCK
 
 
-@_as_written
+@as_written
 def cci_backward(
     dy_BCK: Tensor,
     x_BCL: Tensor,
@@ -98,7 +77,7 @@ def cci_backward(
     return dx_BCL, deta_B, dv_BCK
 
 
-@_as_written
+@as_written
 def eta(mean_y_BC: Tensor, partner_B: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """psi([mean Y_i, mean Y_partner(i)]) of Eq. 5, (B,): psi's weight has 2 C numbers, bias one."""
     wide = mean_y_BC.to(torch.promote_types(mean_y_BC.dtype, torch.float32))
@@ -106,7 +85,7 @@ def eta(mean_y_BC: Tensor, partner_B: Tensor, weight: Tensor, bias: Tensor) -> T
     return wide @ own_C + wide[partner_B] @ other_C + bias.to(wide.dtype).reshape(())
 
 
-@_as_written
+@as_written
 def eta_backward(
     deta_B: Tensor, mean_y_BC: Tensor, partner_B: Tensor, weight: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -133,7 +112,7 @@ def tap_rectangles(height: int, width: int, *, device: torch.device, dtype: torc
     return rectangles.reshape(height * width, 9) / (height * width)
 
 
-@_as_written
+@as_written
 def tap_means(x_BCHW: Tensor) -> Tensor:
     """v = x U: per channel, the mean over the map of what each of nine taps sees: (B, C, 9)."""
     height, width = x_BCHW.shape[-2:]
@@ -142,7 +121,7 @@ def tap_means(x_BCHW: Tensor) -> Tensor:
     return (wide.flatten(2) @ u_L9).to(x_BCHW.dtype)
 
 
-@_as_written
+@as_written
 def tap_means_backward(dv_BC9: Tensor, height: int, width: int) -> Tensor:
     """Gradient of :func:`tap_means` with respect to its map: (B, C, H, W)."""
     wide = dv_BC9.to(torch.promote_types(dv_BC9.dtype, torch.float32))

@@ -24,13 +24,11 @@ FORMATS = (torch.contiguous_format, torch.channels_last)
 BUGS = {
     "no barrier before the sums are added": ("  __syncthreads();\n", "", "race|never written"),
     "a channel too many": ("first + mine < map.channels", "true", "global buffer"),
-    "the last position left out": (
-        "position < positions",
-        "position < positions - kElements",
-        "not close",
-    ),
-    "a tap reaches too far": ("row < height - 1", "row < height", "not close"),
+    "a row too many": ("h < map.height;", "h <= map.height;", "not close|global buffer"),
+    "the last column is no inner one": ("column == width - 1)", "column == width)", "not close"),
+    "a tap sees the last row": ("!is_bottom", "true", "not close"),
     "half of the gradient unwritten": ("i += kStep)", "i += 2 * kStep)", "not close"),
+    "the gradient of the row before": ("map, ++row)", "map, row++)", "not close"),
 }
 
 

@@ -265,7 +265,11 @@ __global__ void __launch_bounds__(kPipelineThreads, 1)
   const auto v_rows = v.rows_from(own.row);
   const auto dy_rows = dy.rows_from(own.row);
   float acc[kColumns / 8][4] = {}, thin[kThin / 8][4] = {};
+  // A turn is a tile's second products and the next tile's first. Where v = x they cost more than
+  // they gain; of an odd number of tiles the consumers of a half block have different numbers.
+  const Turns turns(!kTied && (!block.is_half || tiles % 2 == 0));
   ptx::mbarrier_wait(ring.rows_full, 0);
+  turns.begin();
   for (int tile = own.begin(ring); tile < tiles; tile = own.after(ring, tile, tiles)) {
     // S, and the mirror image of dP below it.
     float s[kWidth / 4][4], dp[kWidth / 8][4];
@@ -282,10 +286,12 @@ __global__ void __launch_bounds__(kPipelineThreads, 1)
       start_nt<kWidth / 8>(dp_mirrored, v_rows, dy[tile]);
     }
     ptx::wgmma_commit();
+    turns.end();
     ptx::wgmma_wait<0>();
     softmax_gradient<Products>(s, dp, dp_mirrored, of_rows, of_columns[tile], p.scale, p.factor);
     pack<T>(ds, dp);
     pack<T, kWidth / 8>(weights, s);
+    turns.begin();
     ptx::wgmma_fence();
     if constexpr (kTied) {
       start_nn(acc, ds, both[tile]);
@@ -300,6 +306,8 @@ __global__ void __launch_bounds__(kPipelineThreads, 1)
     __syncwarp();
     ring.release(tile);
   }
+  turns.end();
+  turns.leave();
   if (block.is_half) {
     const Merger merger(kTied ? both.stages : x.stages), thin_merger(v.stages);
     merger.meet();

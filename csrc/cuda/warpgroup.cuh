@@ -250,21 +250,28 @@ struct Ring {
 };
 
 // The consumers' turns at the tensor cores: while one computes on what its products gave, the
-// other's run. Both begin and end equally often; at last both leave.
+// other's run. Both begin and end equally often; at last both leave. Where they are not taken,
+// nobody waits.
 struct Turns {
   static constexpr int kThreads = kConsumers * kGroupThreads;
 
   // The named barriers where they wait, this consumer at its own.
   static constexpr int kFirst = 4, kSecond = 5;
   int own;
+  bool are_taken;
 
-  __device__ Turns() : own(kFirst + consumer_row() / kBlockRows) {
+  __device__ explicit Turns(bool are_taken = true)
+      : own(kFirst + consumer_row() / kBlockRows), are_taken(are_taken) {
     if (is_second()) end();
   }
 
   __device__ bool is_second() const { return own == kSecond; }
-  __device__ void begin() const { ptx::named_barrier<kThreads>(own); }
-  __device__ void end() const { ptx::named_barrier_arrive<kThreads>(kFirst + kSecond - own); }
+  __device__ void begin() const {
+    if (are_taken) ptx::named_barrier<kThreads>(own);
+  }
+  __device__ void end() const {
+    if (are_taken) ptx::named_barrier_arrive<kThreads>(kFirst + kSecond - own);
+  }
   // The first takes the turn that the second gave it last.
   __device__ void leave() const {
     if (!is_second()) begin();
