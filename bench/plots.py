@@ -14,7 +14,8 @@ from results_file import OURS, Result, Run
 _COLOURS = {
     "eager": "#7f7f7f", "compiled": "#bcbd22", "sdpa": "#ff7f0e", "sdpa-flash": "#8c564b",
     "sdpa-efficient": "#e377c2", "sdpa-cudnn": "#d62728", "flex": "#9467bd",
-    "reference": "#c7c7c7", "matmul": "#bcbd22", "cpu": "#1f77b4", "triton": "#2ca02c", "cuda": "#17becf",
+    "reference": "#c7c7c7", "matmul": "#393b79", "cpu": "#1f77b4", "triton": "#2ca02c",
+    "cuda": "#17becf",
 }  # fmt: skip
 _TITLES = {"C": "channels C", "L": "positions L", "B": "images B"}
 
