@@ -131,11 +131,10 @@ def answer(question: Question, names: Sequence[str]) -> dict[str, Any]:
         about["disagreement"] = disagreement(subject, names)
         for direction, dy in (("forward", None), ("both", subject.problem.dy)):
             problem = replace(subject.problem, dy=dy)
-            calls = {
-                name: partial(run, call, problem) for name, call in ways(subject, names).items()
-            }
+            calls = {who: partial(run, call, problem) for who, call in ways(subject, names).items()}
             timed = interleaved(calls, DEVICE, budget=0.0, least=ROUNDS, most=ROUNDS)
-            about[direction] = {name: median(one.seconds) for name, one in timed.items()}
+            about[direction] = {who: median(one.seconds) for who, one in timed.items()}
+            about[f"{direction} peak"] = {who: one.peak_bytes for who, one in timed.items()}
     except (RuntimeError, ValueError) as error:
         about["reason"] = f"{type(error).__name__}: {error}".splitlines()[0]
     return about

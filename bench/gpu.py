@@ -106,9 +106,13 @@ def build_step(chip: str) -> Step:
 
 def test_steps() -> Stage:
     """The rule for numbers, and the PTX. With 16 cores, some are left for the sanitizer."""
-    cuda, triton, ptx = (f"tests/test_{name}.py" for name in ("cuda_gpu", "triton_gpu", "cuda_ptx"))
+    cuda, triton, ptx, taps, matmul = (
+        f"tests/test_{name}.py"
+        for name in ("cuda_gpu", "triton_gpu", "cuda_ptx", "cuda_tap_means", "matmul")
+    )
     return (
         Step("triton tests", pytest_command(triton, processes=8), 5.0),
+        Step("tap means and matmul tests", pytest_command("-m", "gpu", taps, matmul), 5.0),
         Step("cuda tests", pytest_command(cuda, processes=4), 5.0),
         Step("ptx tests", pytest_command("-m", "gpu", ptx), 5.0),
     )
@@ -322,9 +326,10 @@ def small_shapes(multiprocessors: int) -> list[tuple[int, int, int]]:
 
 
 def small_run() -> None:
-    """Both operators, forward and backward, in few and small calls: for a sanitizer."""
+    """Every kernel of csrc/cuda's, in few and small calls: for a sanitizer."""
     import torch
 
+    from cin_fast import tap_means
     from cin_fast.testing import evaluate_cci, evaluate_sci, make_input, make_pairs
 
     shapes = small_shapes(torch.cuda.get_device_properties(0).multi_processor_count)
@@ -337,8 +342,20 @@ def small_run() -> None:
                 dy = torch.ones_like(x if v is None else v)
                 evaluate_sci(x, v, dy, backend=backend)
                 evaluate_cci(x, *make_pairs(len(x), x.device), v, dy, backend=backend)
+            torch.autograd.functional.vjp(tap_means, x[..., None], dy[..., :9])
+            pass_over_matrices(dtype, columns=shape[1])
             torch.cuda.synchronize()
             print(f"{dtype} {shape}: done", flush=True)
+
+
+def pass_over_matrices(dtype: Any, columns: int) -> None:
+    """The matmul backend's own kernels, without the library's."""
+    import torch
+
+    logits, dp = torch.randn(2, 2, 3, columns, device="cuda")
+    weights, ds = torch.empty(2, 2, 3, columns, dtype=dtype, device="cuda")
+    torch.ops.cin_fast.cuda_softmax_rows(weights, logits, -1.0)
+    torch.ops.cin_fast.cuda_softmax_rows_backward(weights, ds, logits, dp, -1.0)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

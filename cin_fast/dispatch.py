@@ -128,18 +128,22 @@ def _load(backend: str) -> str:
         return ""
     if backend == "triton":
         return _load_triton()
-    if backend == "cuda" and not torch.cuda.is_available():
+    return (_no_gpu() if backend == "cuda" else "") or _load_extension(backend)
+
+
+def _no_gpu() -> str:
+    """Why no GPU can run our kernels; empty if one can."""
+    if not torch.cuda.is_available():
         return "no CUDA device is visible"
-    return _load_extension(backend)
+    capability = torch.cuda.get_device_capability()
+    if capability < (8, 0):
+        return f"it needs compute capability 8.0, found {capability[0]}.{capability[1]}"
+    return ""
 
 
 def _load_triton() -> str:
-    if not _triton_interpreted():
-        if not torch.cuda.is_available():
-            return "no CUDA device is visible"
-        capability = torch.cuda.get_device_capability()
-        if capability < (8, 0):
-            return f"it needs compute capability 8.0, found {capability[0]}.{capability[1]}"
+    if not _triton_interpreted() and (reason := _no_gpu()):
+        return reason
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed (pip install triton)"
     try:

@@ -3,6 +3,7 @@
 Where a library multiplies faster than the fused kernels do (float32; maps of many positions), C x C
 matrices cost little as long as they are few: those of a group of images fit into
 :data:`WORKSPACE`, whatever the batch. None is kept for the backward pass, which makes them again.
+On a GPU, kernels of ``cin_fast._C`` pass over them where it is built, torch's where it is not.
 
 Shapes: B images, C channels, L positions, K columns of ``v``, which is x if None; N images of a
 group. Sums and weights are float32 at least; weights are rounded to v's dtype to multiply it.
@@ -14,21 +15,28 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from cin_fast import dispatch, schemas
 from cin_fast.autocast import as_written
 
-# Bytes of C x C matrices at a time; those of one image where they alone are more.
-WORKSPACE = 128 << 20
+# Bytes of C x C matrices at a time; those of one image, or of a pair, where they alone are more.
+WORKSPACE = 256 << 20
+# Bytes on which a GPU's libraries want rows to start: on others they fall back to slow kernels.
+_ALIGNMENT = 16
+
+for _stem, _schema in schemas.SOFTMAX_ROWS.items():
+    torch.library.define(f"cin_fast::cuda_{_stem}", _schema)
 
 
 @as_written
 def sci(x_BCL: Tensor, v_BCK: Tensor | None, scale: float) -> Tensor:
     """Y = W v (Eq. 1): (B, C, K)."""
-    v_BCK = x_BCL if v_BCK is None else v_BCK
-    y_BCK = _like(v_BCK)
-    for group in _groups(x_BCL, matrices=2):
-        p_NCC = _weights(x_BCL[group], scale)
-        torch.bmm(p_NCC.to(v_BCK.dtype), v_BCK[group], out=y_BCK[group])
+    x, v = _aligned(x_BCL, v_BCK)
+    y_BCK = _like(x_BCL if v_BCK is None else v_BCK)
+    for group in _groups(x, matrices=2):
+        p_NCC = _softmax(_product(x[group], x[group].mT), scale, v.dtype)
+        _multiply(p_NCC, v[group], out=y_BCK[group])
     return y_BCK
 
 
@@ -37,13 +45,17 @@ def sci_backward(
     dy_BCK: Tensor, x_BCL: Tensor, v_BCK: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor | None]:
     """Gradients of :func:`sci` with respect to x (B, C, L) and v (B, C, K)."""
+    (x, v), (dy, _) = _aligned(x_BCL, v_BCK), _aligned(dy_BCK)
     dx_BCL, dv_BCK = _like(x_BCL), None if v_BCK is None else _like(v_BCK)
-    for group in _groups(x_BCL, matrices=4):
-        x_NCL, dy_NCK, v_NCK = x_BCL[group], dy_BCK[group], _of(group, v_BCK, x_BCL)
-        p_NCC = _weights(x_NCL, scale)
-        dx_NCL = _through_softmax(_product(dy_NCK, v_NCK.mT), p_NCC, x_NCL, scale)
-        _give_values(p_NCC, dy_NCK, dx_NCL, dv_BCK, group)
-        dx_BCL[group] = dx_NCL
+    for group in _groups(x, matrices=3):
+        logits_NCC, dp_NCC = _product(x[group], x[group].mT), _product(dy[group], v[group].mT)
+        p_NCC, ds_NCC = _softmax_backward(logits_NCC, dp_NCC, scale, x.dtype)
+        dx_NCL = _through_logits(ds_NCC, x[group])
+        if dv_BCK is None:
+            _add_product(dx_NCL, p_NCC.mT, dy[group])
+        else:
+            _multiply(p_NCC.mT, dy[group], out=dv_BCK[group])
+        dx_BCL[group] = dx_NCL[..., : x_BCL.shape[2]]
     return dx_BCL, dv_BCK
 
 
@@ -52,12 +64,13 @@ def cci(
     x_BCL: Tensor, partner_B: Tensor, eta_B: Tensor, v_BCK: Tensor | None, scale: float
 ) -> Tensor:
     """Y' = |W_i - eta_i W_partner(i)| v_i (Eq. 5 and 6): (B, C, K)."""
-    v_BCK = x_BCL if v_BCK is None else v_BCK
-    y_BCK = _like(v_BCK)
-    for group in _groups(x_BCL, matrices=4):
-        other_NCC = _weights(x_BCL[partner_B[group]], scale)
-        m_NCC = _weights(x_BCL[group], scale).sub_(other_NCC.mul_(_per_image(eta_B[group])))
-        torch.bmm(m_NCC.abs_().to(v_BCK.dtype), v_BCK[group], out=y_BCK[group])
+    x, v = _aligned(x_BCL, v_BCK)
+    y_BCK = _like(x_BCL if v_BCK is None else v_BCK)
+    for images, partner_N in _pairs(x, partner_B, matrices=3):
+        m_NCC = _weights(x[images], scale)
+        m_NCC = torch.sub(m_NCC, m_NCC[partner_N].mul_(_per_image(eta_B[images])))
+        y_NCK = torch.bmm(m_NCC.abs_().to(v.dtype), v[images])
+        y_BCK[images] = y_NCK[..., : y_BCK.shape[2]]
     return y_BCK
 
 
@@ -71,37 +84,38 @@ def cci_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Gradients of :func:`cci`'s Y' with respect to x (B, C, L), eta (B,) and v (B, C, K)."""
+    (x, v), (dy, _) = _aligned(x_BCL, v_BCK), _aligned(dy_BCK)
     dx_BCL, dv_BCK = _like(x_BCL), None if v_BCK is None else _like(v_BCK)
     deta_B = torch.empty_like(eta_B)
-    for group in _groups(x_BCL, matrices=7):
-        partner_N, x_NCL, dy_NCK = partner_B[group], x_BCL[group], dy_BCK[group]
-        eta_N11, its_eta_N11 = _per_image(eta_B[group]), _per_image(eta_B[partner_N])
-        p_NCC, other_NCC = _weights(x_NCL, scale), _weights(x_BCL[partner_N], scale)
-        # partner is an involution: what image i owes its partner's weights is due in the
-        # partner's M, with the partner's eta.
-        its_dm_NCC = torch.sub(other_NCC, p_NCC * its_eta_N11).sign_()
-        its_dm_NCC *= _product(dy_BCK[partner_N], _of(partner_N, v_BCK, x_BCL).mT)
+    for images, partner_N in _pairs(x, partner_B, matrices=6):
+        x_NCL, dy_NCK, eta_N11 = x[images], dy[images], _per_image(eta_B[images])
+        p_NCC = _weights(x_NCL, scale)
+        other_NCC = p_NCC[partner_N]
         m_NCC = p_NCC - eta_N11 * other_NCC
-        dm_NCC = m_NCC.sign().mul_(_product(dy_NCK, _of(group, v_BCK, x_BCL).mT))
-        deta_B[group] = -other_NCC.mul_(dm_NCC).sum((1, 2))
-        dp_NCC = dm_NCC.sub_(its_dm_NCC.mul_(its_eta_N11))
-        dx_NCL = _through_softmax(dp_NCC, p_NCC, x_NCL, scale)
-        _give_values(m_NCC.abs_(), dy_NCK, dx_NCL, dv_BCK, group)
-        dx_BCL[group] = dx_NCL
+        dm_NCC = m_NCC.sign().mul_(_product(dy_NCK, v[images].mT))
+        deta_B[images] = -other_NCC.mul_(dm_NCC).sum((1, 2))
+        # partner is an involution: what image i owes its partner's weights arrives as a gather.
+        dp_NCC = torch.sub(dm_NCC, (eta_N11 * dm_NCC)[partner_N])
+        ds_NCC = torch._softmax_backward_data(dp_NCC, p_NCC, -1, p_NCC.dtype).mul_(scale)
+        dx_NCL = _through_logits(ds_NCC.to(x.dtype), x_NCL)
+        weights_NCC = m_NCC.abs_().to(v.dtype)
+        if dv_BCK is None:
+            _add_product(dx_NCL, weights_NCC.mT, dy_NCK)
+        else:
+            dv_BCK[images] = torch.bmm(weights_NCC.mT, dy_NCK)[..., : dv_BCK.shape[2]]
+        dx_BCL[images] = dx_NCL[..., : x_BCL.shape[2]].to(x.dtype)
     return dx_BCL, deta_B, dv_BCK
 
 
-def _groups(x_BCL: Tensor, matrices: int) -> Iterator[slice]:
-    """The batch by as many images as may have so many matrices at once."""
-    batch, channels, _ = x_BCL.shape
-    image = matrices * channels**2 * _wide(x_BCL.dtype).itemsize
-    step = max(1, WORKSPACE // max(1, image))
-    for first in range(0, batch, step):
-        yield slice(first, min(first + step, batch))
+def _aligned(x_BCL: Tensor, v_BCK: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """x and v, on a GPU with zeros behind rows that would start where its libraries are slow."""
+    x = _padded(x_BCL)
+    return x, x if v_BCK is None else _padded(v_BCK)
 
 
-def _of(images: slice | Tensor, v_BCK: Tensor | None, x_BCL: Tensor) -> Tensor:
-    return (x_BCL if v_BCK is None else v_BCK)[images]
+def _padded(t: Tensor) -> Tensor:
+    missing = -t.shape[-1] % (_ALIGNMENT // t.itemsize)
+    return F.pad(t, (0, missing)) if t.is_cuda and missing else t
 
 
 def _like(t: Tensor) -> Tensor:
@@ -116,11 +130,28 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _weights(x_NCL: Tensor, scale: float) -> Tensor:
-    if abs(scale) == 1 or x_NCL.dtype == _wide(x_NCL.dtype):
-        return torch.softmax(_product(scale * x_NCL, x_NCL.mT), -1)
-    # Rounded to 16 bits, scale x would give other logits.
-    return torch.softmax(_product(x_NCL, x_NCL.mT).mul_(scale), -1)
+def _groups(x: Tensor, matrices: int, multiple: int = 1) -> Iterator[slice]:
+    """The batch by as many images as may have so many matrices at once."""
+    image = matrices * x.shape[1] ** 2 * _wide(x.dtype).itemsize
+    step = max(1, WORKSPACE // max(1, image) // multiple) * multiple
+    for first in range(0, len(x), step):
+        yield slice(first, min(first + step, len(x)))
+
+
+def _pairs(x: Tensor, partner_B: Tensor, matrices: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Groups of whole pairs: their images, and where among these the partner of each is.
+
+    Without asking the device, so that nothing waits for it: pairs come first, side by side, then
+    those that are their own partners.
+    """
+    index_B = torch.arange(len(x), device=x.device)
+    alone_B = partner_B == index_B
+    pair_B = torch.minimum(partner_B, index_B) + len(x) * alone_B
+    order_B = torch.argsort(2 * pair_B + (index_B > partner_B))
+    place_B = torch.argsort(order_B)
+    for group in _groups(x, matrices, multiple=2):
+        images = order_B[group]
+        yield images, place_B[partner_B[images]] - group.start
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
@@ -131,18 +162,51 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     return torch.bmm(a.to(wide), b.to(wide))
 
 
-def _through_softmax(dp_NCC: Tensor, p_NCC: Tensor, x_NCL: Tensor, scale: float) -> Tensor:
-    """dx = scale (dS + dS^T) x with dS = P (dP - rowsum(P dP))."""
-    ds_NCC = torch._softmax_backward_data(dp_NCC, p_NCC, -1, p_NCC.dtype).to(x_NCL.dtype)
-    return _product(ds_NCC, x_NCL).add_(_product(ds_NCC.mT, x_NCL)).mul_(scale)
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """The same, added to ``total`` in place."""
+    return total.baddbmm_(a, b) if a.dtype == total.dtype else total.add_(_product(a, b))
 
 
-def _give_values(
-    weights_NCC: Tensor, dy_NCK: Tensor, dx_NCL: Tensor, dv_BCK: Tensor | None, group: slice
-) -> None:
-    """The gradient of what the weights multiplied: dv, or where v = x a part of dx."""
-    rounded_NCC = weights_NCC.to(dy_NCK.dtype)
-    if dv_BCK is None:
-        dx_NCL += _product(rounded_NCC.mT, dy_NCK)
+def _multiply(weights_NCC: Tensor, v_NCK: Tensor, *, out: Tensor) -> None:
+    """``weights v`` without the columns that v was padded by."""
+    if v_NCK.shape == out.shape:
+        torch.bmm(weights_NCC, v_NCK, out=out)
     else:
-        torch.bmm(rounded_NCC.mT, dy_NCK, out=dv_BCK[group])
+        out.copy_(torch.bmm(weights_NCC, v_NCK)[..., : out.shape[2]])
+
+
+def _through_logits(ds_NCC: Tensor, x_NCL: Tensor) -> Tensor:
+    """dx of the logits x x^T: (dS + dS^T) x, float32 at least."""
+    return _add_product(_product(ds_NCC, x_NCL), ds_NCC.mT, x_NCL)
+
+
+def _weights(x_NCL: Tensor, scale: float) -> Tensor:
+    return _softmax(_product(x_NCL, x_NCL.mT), scale, _wide(x_NCL.dtype))
+
+
+def _softmax(logits_NCC: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    """Weights of ``scale`` times the logits, whose memory they may take."""
+    if not _has_kernels(logits_NCC):
+        return torch.softmax(logits_NCC.mul_(scale), -1).to(dtype)
+    p_NCC = logits_NCC if dtype == torch.float32 else torch.empty_like(logits_NCC, dtype=dtype)
+    torch.ops.cin_fast.cuda_softmax_rows(p_NCC, logits_NCC, scale)
+    return p_NCC
+
+
+def _softmax_backward(
+    logits_NCC: Tensor, dp_NCC: Tensor, scale: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """P, and ``scale`` times dS = P (dP - rowsum(P dP)); both may take the arguments' memory."""
+    if not _has_kernels(logits_NCC):
+        p_NCC = torch.softmax(logits_NCC.mul_(scale), -1)
+        ds_NCC = torch._softmax_backward_data(dp_NCC, p_NCC, -1, p_NCC.dtype).mul_(scale)
+        return p_NCC.to(dtype), ds_NCC.to(dtype)
+    in_place = dtype == torch.float32
+    p_NCC, ds_NCC = (t if in_place else torch.empty_like(t, dtype=dtype)
+                     for t in (logits_NCC, dp_NCC))  # fmt: skip
+    torch.ops.cin_fast.cuda_softmax_rows_backward(p_NCC, ds_NCC, logits_NCC, dp_NCC, scale)
+    return p_NCC, ds_NCC
+
+
+def _has_kernels(logits_NCC: Tensor) -> bool:
+    return logits_NCC.dtype == torch.float32 and not dispatch.why_not(logits_NCC, "cuda")

@@ -58,11 +58,18 @@ THIN_LINEAR = {
     "thin_linear_input": "(Tensor dy, Tensor w) -> Tensor",
     "thin_linear_weight": "(Tensor dy, Tensor a) -> Tensor",
 }
+# Passes over the matrices of the matmul backend. The results may take the arguments' memory.
+SOFTMAX_ROWS = {
+    "softmax_rows": "(Tensor(a!) weights, Tensor logits, float scale) -> ()",
+    "softmax_rows_backward": (
+        "(Tensor(a!) weights, Tensor(b!) ds, Tensor logits, Tensor dp, float scale) -> ()"
+    ),
+}
 # Bytes of scratch memory that were kept for the next call, and no longer are.
 KEPT_MEMORY = {"release_kept": "() -> int"}
 
 # Backend of a compiled extension -> what it holds.
 COMPILED = {
     "cpu": OPERATORS | VALUES | TAP_MEANS | PAIR_SWEEPS | THIN_LINEAR | KEPT_MEMORY,
-    "cuda": OPERATORS | TAP_MEANS,
+    "cuda": OPERATORS | TAP_MEANS | SOFTMAX_ROWS,
 }

@@ -213,6 +213,23 @@ class Emulator:
         arguments.call("emulated_tap_means_backward", [dv.contiguous()], [dx])
         return dx
 
+    def softmax_rows(self, weights: Tensor, logits: Tensor, scale: float) -> None:
+        self._rows("emulated_softmax_rows", [logits], [weights], scale)
+
+    def softmax_rows_backward(
+        self, weights: Tensor, ds: Tensor, logits: Tensor, dp: Tensor, scale: float
+    ) -> None:
+        self._rows("emulated_softmax_rows_backward", [logits, dp], [weights, ds], scale)
+
+    def _rows(
+        self, name: str, inputs: Sequence[Tensor], outputs: Sequence[Tensor], scale: float
+    ) -> None:
+        arguments = _Arguments(self, inputs[0].to(outputs[0].dtype), None, scale)
+        results = [arguments.output(t.shape, t.dtype) for t in outputs]
+        arguments.call(name, inputs, results)
+        for output, result in zip(outputs, results, strict=True):
+            output.copy_(result)
+
 
 class _Arguments:
     """One call: inputs and outputs lie between guards, outputs are poisoned with NaN."""

@@ -111,7 +111,7 @@ def test_nothing_spills(kernels: list[Kernel]) -> None:
 
 def test_registers_suffice_for_a_block(kernels: list[Kernel]) -> None:
     for kernel in kernels:
-        threads = 256 if re.search("cci_|repack|tap_means", kernel.name) else 128
+        threads = 256 if re.search("cci_|repack|tap_means|softmax_rows", kernel.name) else 128
         if "wgmma" in kernel.name and kernel.chip == "sm_90a":
             # What setmaxnreg then shares out, 24 to the producer's threads and 240 to the others':
             # at least as many have to be there.

@@ -18,10 +18,10 @@ from cin_fast.testing import (
 )
 
 
-@pytest.fixture(params=[0, 3, 1 << 20], ids=["image by image", "by groups", "all at once"])
+@pytest.fixture(params=[0, 3, 1 << 20], ids=["one by one", "by groups", "all at once"])
 def workspace(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Groups of one, of three images with 17 channels and four matrices, of all."""
-    monkeypatch.setattr(matmul, "WORKSPACE", request.param * 4 * 4 * 17**2)
+    """Groups of one, of three images with 17 channels and three matrices, of all."""
+    monkeypatch.setattr(matmul, "WORKSPACE", request.param * 3 * 4 * 17**2)
 
 
 @pytest.mark.usefixtures("workspace")
@@ -73,20 +73,32 @@ def test_opcheck() -> None:
 
 
 def test_no_more_matrices_than_the_workspace_holds(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Counted where they are made: of eight images, three at a time in the backward pass."""
+    """Counted where they are made: of eight images, so many at a time; of cci whole pairs."""
     made = []
     product = matmul._product
-    monkeypatch.setattr(matmul, "WORKSPACE", 3 * 4 * 4 * 17**2)
-    monkeypatch.setattr(
-        matmul,
-        "_product",
-        lambda a, *rest, **more: made.append(len(a)) or product(a, *rest, **more),
-    )
+    monkeypatch.setattr(matmul, "WORKSPACE", 6 * 4 * 17**2)
+    monkeypatch.setattr(matmul, "_product", lambda a, b: made.append(len(a)) or product(a, b))
     x = make_input("relu", (8, 17, 5)).requires_grad_()
     y = cin_fast.sci(x, backend="matmul")
-    assert made == [6, 2]
+    assert made == [3, 3, 2]
+    made.clear()
     y.sum().backward()
-    assert max(made[2:]) == 3
+    assert set(made) == {2}
+    made.clear()
+    cin_fast.cci(x, *make_pairs(8), backend="matmul").sum().backward()
+    assert set(made) == {2}
+
+
+@pytest.mark.parametrize(
+    "partner", [[3, 1, 2, 0, 4], [0, 1, 2], [1, 0, 3, 2], [0], [2, 4, 0, 3, 1]]
+)
+def test_pairs_stay_together(partner: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(matmul, "WORKSPACE", 0)
+    found = []
+    for images, places in matmul._pairs(torch.zeros(len(partner), 3, 1), torch.tensor(partner), 1):
+        assert [partner[i] for i in images] == images[places].tolist()
+        found += images.tolist()
+    assert sorted(found) == list(range(len(partner)))
 
 
 @pytest.mark.gpu

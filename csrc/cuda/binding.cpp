@@ -261,6 +261,40 @@ Tensor tap_means_backward(const Tensor& dv, int64_t height, int64_t width) {
   return dx;
 }
 
+cin_fast::Rows rows_of(const Tensor& logits) {
+  STD_TORCH_CHECK(logits.dim() == 3 && logits.is_contiguous(),
+                  "cin_fast cuda: logits: expected (N, C, C), contiguous");
+  STD_TORCH_CHECK(logits.scalar_type() == ScalarType::Float,
+                  "cin_fast cuda: logits: expected float32");
+  const int64_t rows = logits.size(0) * logits.size(1);
+  STD_TORCH_CHECK(rows < INT32_MAX, "cin_fast cuda: logits: more than 2^31 rows");
+  return {static_cast<unsigned>(rows), static_cast<int>(logits.size(2))};
+}
+
+void check_like(const Tensor& t, const Tensor& logits) {
+  STD_TORCH_CHECK(t.dim() == 3 && t.is_contiguous() && t.numel() == logits.numel(),
+                  "cin_fast cuda: expected a contiguous tensor of the logits' shape");
+}
+
+void softmax_rows(const Tensor& weights, const Tensor& logits, double scale) {
+  Call call(logits);
+  check_like(weights, logits);
+  check(cin_fast::softmax_rows(call.context, dtype_of(weights), rows_of(logits),
+                               static_cast<float>(scale), const_data<float>(logits),
+                               data<void>(weights)),
+        "softmax_rows");
+}
+
+void softmax_rows_backward(const Tensor& weights, const Tensor& ds, const Tensor& logits,
+                           const Tensor& dp, double scale) {
+  Call call(logits);
+  for (const Tensor* one : {&weights, &ds, &dp}) check_like(*one, logits);
+  check(cin_fast::softmax_rows_backward(call.context, dtype_of(weights), rows_of(logits),
+                                        static_cast<float>(scale), const_data<float>(logits),
+                                        const_data<float>(dp), data<void>(weights), data<void>(ds)),
+        "softmax_rows_backward");
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(cin_fast, CUDA, m) {
@@ -270,4 +304,6 @@ STABLE_TORCH_LIBRARY_IMPL(cin_fast, CUDA, m) {
   m.impl("cuda_cci_backward", TORCH_BOX(&cci_backward));
   m.impl("cuda_tap_means", TORCH_BOX(&tap_means));
   m.impl("cuda_tap_means_backward", TORCH_BOX(&tap_means_backward));
+  m.impl("cuda_softmax_rows", TORCH_BOX(&softmax_rows));
+  m.impl("cuda_softmax_rows_backward", TORCH_BOX(&softmax_rows_backward));
 }

@@ -147,6 +147,20 @@ float softmax_factor(float scale) {
   return fabsf(factor) < 1e-30f ? 1e-30f : factor;
 }
 
+// Calls body<T>() with the dtype's element.
+template <class Body>
+cudaError_t with_element(Dtype dtype, const Body& body) {
+  switch (dtype) {
+    case Dtype::kBfloat16:
+      return body.template operator()<__nv_bfloat16>();
+    case Dtype::kFloat16:
+      return body.template operator()<__half>();
+    case Dtype::kFloat32:
+      break;
+  }
+  return body.template operator()<float>();
+}
+
 // Calls body<Products>() with the products that the dtype and the context ask for.
 template <class Body>
 cudaError_t with_products(const Context& context, Dtype dtype, const Body& body) {

@@ -35,6 +35,12 @@ struct Map {
   int batch, channels, height, width;
 };
 
+// Rows of contiguous matrices, one after another.
+struct Rows {
+  unsigned count;
+  int columns;
+};
+
 // Where and how to run; allocate() returns device memory that outlives the launches.
 struct Context {
   cudaStream_t stream;
@@ -90,5 +96,12 @@ cudaError_t cci_backward(const Context& context, Dtype dtype, const Shape& shape
 cudaError_t tap_means(const Context& context, Dtype dtype, const Map& map, const View& x, void* v);
 cudaError_t tap_means_backward(const Context& context, Dtype dtype, const Map& map, const void* dv,
                                void* dx);
+// softmax(scale logits) along rows, in the dtype; weights may be the logits.
+cudaError_t softmax_rows(const Context& context, Dtype dtype, const Rows& rows, float scale,
+                         const float* logits, void* weights);
+// Besides, scale times the gradient of the scaled logits; ds may be dp.
+cudaError_t softmax_rows_backward(const Context& context, Dtype dtype, const Rows& rows,
+                                  float scale, const float* logits, const float* dp, void* weights,
+                                  void* ds);
 
 }  // namespace cin_fast

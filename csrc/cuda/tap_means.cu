@@ -151,20 +151,6 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// Calls body<T>() with the dtype's element.
-template <class Body>
-cudaError_t with_element(Dtype dtype, const Body& body) {
-  switch (dtype) {
-    case Dtype::kBfloat16:
-      return body.template operator()<__nv_bfloat16>();
-    case Dtype::kFloat16:
-      return body.template operator()<__half>();
-    case Dtype::kFloat32:
-      break;
-  }
-  return body.template operator()<float>();
-}
-
 }  // namespace
 
 cudaError_t tap_means(const Context& context, Dtype dtype, const Map& map, const View& x, void* v) {

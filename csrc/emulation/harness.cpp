@@ -49,6 +49,10 @@ cin_fast::Map map_of(const EmulationCall& call) {
   return {call.batch, call.channels, call.positions / call.columns, call.columns};
 }
 
+cin_fast::Rows rows_of(const EmulationCall& call) {
+  return {static_cast<unsigned>(call.batch) * call.channels, call.positions};
+}
+
 }  // namespace
 
 extern "C" int emulated_sci_forward(const EmulationCall* call, const void* x, const long* x_strides,
@@ -106,4 +110,19 @@ extern "C" int emulated_tap_means_backward(const EmulationCall* call, const void
   Workspace workspace;
   return cin_fast::tap_means_backward(context_of(workspace, *call), cin_fast::Dtype(call->dtype),
                                       map_of(*call), dv, dx);
+}
+
+extern "C" int emulated_softmax_rows(const EmulationCall* call, const float* logits, const long*,
+                                     void* weights) {
+  Workspace workspace;
+  return cin_fast::softmax_rows(context_of(workspace, *call), cin_fast::Dtype(call->dtype),
+                                rows_of(*call), call->scale, logits, weights);
+}
+
+extern "C" int emulated_softmax_rows_backward(const EmulationCall* call, const float* logits,
+                                              const long*, const float* dp, const long*,
+                                              void* weights, void* ds) {
+  Workspace workspace;
+  return cin_fast::softmax_rows_backward(context_of(workspace, *call), cin_fast::Dtype(call->dtype),
+                                         rows_of(*call), call->scale, logits, dp, weights, ds);
 }
