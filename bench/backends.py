@@ -54,6 +54,10 @@ class Question:
     columns: int
     precision: str = "highest"
 
+    def __str__(self) -> str:
+        where = f"{self.case.name} {self.case.dtype_name} {self.precision}"
+        return f"{self.operator} v={self.columns or 'x'} {where}"
+
 
 def questions() -> Iterator[Question]:
     """The most asked first."""
@@ -157,17 +161,15 @@ def disagreement(subject: Subject, names: Sequence[str]) -> float:
     return most
 
 
-def line(row: dict[str, Any]) -> str:
+def line(question: Question, row: dict[str, Any]) -> str:
     """A row for the terminal."""
-    case, columns = row["case"], row["columns"] or "x"
-    name = f"{row['operator']} v={columns} {case['name']} {case['dtype_name']} {row['precision']}"
     if "reason" in row:
-        return f"{name}: {row['reason']}"
+        return f"{question}: {row['reason']}"
     times = (
         f"{direction} " + " ".join(f"{who} {1e3 * s:.3f}" for who, s in row[direction].items())
         for direction in ("forward", "both")
     )
-    return f"{name}: ms {', '.join(times)}; apart by {row['disagreement']:.1e}"
+    return f"{question}: ms {', '.join(times)}; apart by {row['disagreement']:.1e}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -176,13 +178,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, help=f"(default: bench/results/MACHINE/{FILE})")
     parser.add_argument("--commit", help="what runs, where git does not know")
     parser.add_argument("--backends", nargs="+", default=OURS, choices=OURS, help="(all)")
+    parser.add_argument("--match", nargs="+", default=[""], help="questions that hold one of these")
     parser.add_argument("--limit", type=float, default=300.0, help="seconds for all (300)")
     options = parser.parse_args(arguments)
     if problem := no_gpu():
         print(f"bench/backends.py: {problem}", file=sys.stderr)
         return 2
     end = time.monotonic() + options.limit
-    asked = list(questions())
+    asked = [one for one in questions() if any(part in str(one) for part in options.match)]
     if "triton" in options.backends:
         spawned = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(os.cpu_count(), mp_context=spawned) as pool:
@@ -196,7 +199,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             about["not_asked"] = len(asked) - number
             break
         about["rows"].append(answer(question, options.backends))
-        print(line(about["rows"][-1]), flush=True)
+        print(line(question, about["rows"][-1]), flush=True)
         path.write_text(json.dumps(about, indent=2) + "\n")
     print(f"bench/backends.py: {path}, {about['not_asked']} questions not asked")
     return int(about["not_asked"] > 0 or any("reason" in row for row in about["rows"]))

@@ -81,7 +81,13 @@ def pytest_command(*arguments: str, processes: int = 1) -> tuple[str, ...]:
 
 
 def plan(
-    chip: str, sanitizer: str | None, *, build: bool, patient: bool, commit: str | None = None
+    chip: str,
+    sanitizer: str | None,
+    *,
+    build: bool,
+    patient: bool,
+    commit: str | None = None,
+    without: Sequence[str] = (),
 ) -> list[Stage]:
     """What is done, in order.
 
@@ -91,10 +97,13 @@ def plan(
         build: False where the extension is there already.
         patient: rivals that compile have a turn, too.
         commit: what runs, where git does not know.
+        without: names of steps to leave out.
     """
     right = (*test_steps(), *(sanitizer_steps(sanitizer) if sanitizer else ()))
     alone = [(step,) for step in (*bench_steps(patient), kernel_step(commit))]
-    return [*([(build_step(chip),)] if build else []), right, *alone]
+    stages = [*([(build_step(chip),)] if build else []), right, *alone]
+    kept = (tuple(step for step in stage if step.name not in without) for stage in stages)
+    return [stage for stage in kept if stage]
 
 
 def build_step(chip: str) -> Step:
@@ -130,7 +139,7 @@ def sanitizer_steps(sanitizer: str) -> Iterator[Step]:
 
 def bench_steps(patient: bool) -> Iterator[Step]:
     """ResNet-50's map at 448 px in bfloat16, forward and both directions."""
-    chosen = "resnet50-448 and bfloat16 and not reference"
+    chosen = "resnet50-448 and bfloat16 and not reference and not matmul"
     if not patient:
         chosen += " and not compiled and not flex"
     for subject, share in (("sci", 2.0), ("head", 1.5), ("cci", 1.5)):
@@ -363,6 +372,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--limit", type=float, default=LIMIT, help="seconds for all (540)")
     parser.add_argument("--no-build", action="store_true", help="the extension is there already")
+    parser.add_argument("--without", nargs="+", default=[], help="names of steps to leave out")
     parser.add_argument("--commit", help="what runs, where git does not know")
     parser.add_argument("--small-run", action="store_true", help="what the sanitizer watches")
     return parser.parse_args(arguments)
@@ -391,6 +401,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         build=not options.no_build,
         patient=options.limit >= PATIENT,
         commit=options.commit,
+        without=options.without,
     )
     path = results_folder() / "gpu.json"
     outcomes = run(planned, options.limit - MARGIN, lambda outcomes: write(path, about, outcomes))

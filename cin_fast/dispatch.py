@@ -1,9 +1,9 @@
 """Which backend runs a call, and why the others do not.
 
-``reference`` runs anywhere. ``cpu`` is the compiled extension ``cin_fast._cpu``; ``triton`` lives
-in ``cin_fast.kernels``; ``cuda`` is the compiled extension ``cin_fast._C``. Loading a backend
-attaches its kernels to the operators that ``cin_fast.ops`` has defined; nothing is loaded before
-a tensor asks for it.
+``reference`` and ``matmul`` run anywhere. ``cpu`` is the compiled extension ``cin_fast._cpu``;
+``triton`` lives in ``cin_fast.kernels``; ``cuda`` is the compiled extension ``cin_fast._C``.
+Loading a backend attaches its kernels to the operators that ``cin_fast.ops`` has defined; nothing
+is loaded before a tensor asks for it.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import functools
 import importlib
 import importlib.util
 import json
+import math
 import os
 import warnings
 from collections.abc import Callable
@@ -27,19 +28,13 @@ from cin_fast import schemas
 
 BACKENDS = ("reference", "matmul", "cpu", "triton", "cuda")
 
-# What `backend=None` tries, first to last, by device. Each row is justified by the tables under
-# bench/results. `cuda` is ahead of `triton` in every bfloat16 call measured (docs/kernels.md,
-# Measured), 1.3 to 2.2 times as fast. float32 and float16 were not compared.
-PREFERENCE: dict[str, tuple[str, ...]] = {
-    "cpu": ("cpu", "reference"),
-    "cuda": ("cuda", "triton", "reference"),
-}
-
 # In plain PyTorch.
 _ANYWHERE = ("reference", "matmul")
 _Function = TypeVar("_Function", bound=Callable[..., object])
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _EXTENSIONS = {"cpu": "_cpu", "cuda": "_C"}
+# As many as csrc/cuda/host.cuh's kWide.
+_FUSED_POSITIONS = 208
 _BUILD = "python setup.py build_ext --inplace"
 _DEVICE_OF = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}
 
@@ -50,8 +45,24 @@ def _constant_when_compiled(function: _Function) -> _Function:
     return function
 
 
+def preferred(device: str, dtype: torch.dtype, positions: int) -> tuple[str, ...]:
+    """What ``backend=None`` tries for features of so many positions, first to last.
+
+    On a CPU the compiled kernels win every row of bench/results. On a GPU ``python
+    bench/backends.py`` compares: the fused kernels win where operands fit into shared memory as
+    tensor cores want them, by 1.2 to 6 times; library products win elsewhere, by 1.2 to 40.
+    """
+    if device == "cpu":
+        return ("cpu", "reference")
+    if device != "cuda" or dtype not in _KERNEL_DTYPES:
+        return ("reference",)
+    if dtype != torch.float32 and positions <= _FUSED_POSITIONS:
+        return ("cuda", "triton", "matmul")
+    return ("matmul",)
+
+
 def choose(x: Tensor) -> str:
-    """The backend that ``backend=None`` means for this tensor.
+    """The backend that ``backend=None`` means for these features.
 
     ``CIN_FAST_BACKEND`` overrides the table; a backend named there that cannot run raises
     ``ValueError`` with the reason.
@@ -59,7 +70,7 @@ def choose(x: Tensor) -> str:
     forced = _environment_backend()
     if forced:
         return require(x, forced, "CIN_FAST_BACKEND")
-    for backend in PREFERENCE.get(x.device.type, ("reference",)):
+    for backend in preferred(x.device.type, x.dtype, math.prod(x.shape[2:])):
         if not why_not(x, backend):
             return backend
     return "reference"

@@ -25,7 +25,7 @@ WORKSPACE = 256 << 20
 # Bytes on which a GPU's libraries want rows to start: on others they fall back to slow kernels.
 _ALIGNMENT = 16
 
-for _stem, _schema in schemas.SOFTMAX_ROWS.items():
+for _stem, _schema in schemas.MATRIX_ROWS.items():
     torch.library.define(f"cin_fast::cuda_{_stem}", _schema)
 
 
@@ -66,11 +66,10 @@ def cci(
     """Y' = |W_i - eta_i W_partner(i)| v_i (Eq. 5 and 6): (B, C, K)."""
     x, v = _aligned(x_BCL, v_BCK)
     y_BCK = _like(x_BCL if v_BCK is None else v_BCK)
-    for images, partner_N in _pairs(x, partner_B, matrices=3):
-        m_NCC = _weights(x[images], scale)
-        m_NCC = torch.sub(m_NCC, m_NCC[partner_N].mul_(_per_image(eta_B[images])))
-        y_NCK = torch.bmm(m_NCC.abs_().to(v.dtype), v[images])
-        y_BCK[images] = y_NCK[..., : y_BCK.shape[2]]
+    for images, partner_N in _pairs(x, partner_B, matrices=2):
+        logits_NCC = _product(x[images], x[images].mT)
+        m_NCC = _interaction(logits_NCC, partner_N, eta_B[images], scale, v.dtype)
+        y_BCK[images] = torch.bmm(m_NCC, v[images])[..., : y_BCK.shape[2]]
     return y_BCK
 
 
@@ -87,22 +86,17 @@ def cci_backward(
     (x, v), (dy, _) = _aligned(x_BCL, v_BCK), _aligned(dy_BCK)
     dx_BCL, dv_BCK = _like(x_BCL), None if v_BCK is None else _like(v_BCK)
     deta_B = torch.empty_like(eta_B)
-    for images, partner_N in _pairs(x, partner_B, matrices=6):
-        x_NCL, dy_NCK, eta_N11 = x[images], dy[images], _per_image(eta_B[images])
-        p_NCC = _weights(x_NCL, scale)
-        other_NCC = p_NCC[partner_N]
-        m_NCC = p_NCC - eta_N11 * other_NCC
-        dm_NCC = m_NCC.sign().mul_(_product(dy_NCK, v[images].mT))
-        deta_B[images] = -other_NCC.mul_(dm_NCC).sum((1, 2))
-        # partner is an involution: what image i owes its partner's weights arrives as a gather.
-        dp_NCC = torch.sub(dm_NCC, (eta_N11 * dm_NCC)[partner_N])
-        ds_NCC = torch._softmax_backward_data(dp_NCC, p_NCC, -1, p_NCC.dtype).mul_(scale)
-        dx_NCL = _through_logits(ds_NCC.to(x.dtype), x_NCL)
-        weights_NCC = m_NCC.abs_().to(v.dtype)
+    for images, partner_N in _pairs(x, partner_B, matrices=4):
+        x_NCL, dy_NCK = x[images], dy[images]
+        logits_NCC, d_NCC = _product(x_NCL, x_NCL.mT), _product(dy_NCK, v[images].mT)
+        m_NCC, ds_NCC, deta_B[images] = _interaction_backward(
+            logits_NCC, d_NCC, partner_N, eta_B[images], scale, x.dtype
+        )
+        dx_NCL = _through_logits(ds_NCC, x_NCL)
         if dv_BCK is None:
-            _add_product(dx_NCL, weights_NCC.mT, dy_NCK)
+            _add_product(dx_NCL, m_NCC.mT, dy_NCK)
         else:
-            dv_BCK[images] = torch.bmm(weights_NCC.mT, dy_NCK)[..., : dv_BCK.shape[2]]
+            dv_BCK[images] = torch.bmm(m_NCC.mT, dy_NCK)[..., : dv_BCK.shape[2]]
         dx_BCL[images] = dx_NCL[..., : x_BCL.shape[2]].to(x.dtype)
     return dx_BCL, deta_B, dv_BCK
 
@@ -180,10 +174,6 @@ def _through_logits(ds_NCC: Tensor, x_NCL: Tensor) -> Tensor:
     return _add_product(_product(ds_NCC, x_NCL), ds_NCC.mT, x_NCL)
 
 
-def _weights(x_NCL: Tensor, scale: float) -> Tensor:
-    return _softmax(_product(x_NCL, x_NCL.mT), scale, _wide(x_NCL.dtype))
-
-
 def _softmax(logits_NCC: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
     """Weights of ``scale`` times the logits, whose memory they may take."""
     if not _has_kernels(logits_NCC):
@@ -206,6 +196,44 @@ def _softmax_backward(
                      for t in (logits_NCC, dp_NCC))  # fmt: skip
     torch.ops.cin_fast.cuda_softmax_rows_backward(p_NCC, ds_NCC, logits_NCC, dp_NCC, scale)
     return p_NCC, ds_NCC
+
+
+def _interaction(
+    logits_NCC: Tensor, partner_N: Tensor, eta_N: Tensor, scale: float, dtype: torch.dtype
+) -> Tensor:
+    """|M| with M = P - eta P_partner; may take the logits' memory."""
+    if not _has_kernels(logits_NCC):
+        p_NCC = torch.softmax(logits_NCC.mul_(scale), -1)
+        return p_NCC.sub(_per_image(eta_N) * p_NCC[partner_N]).abs_().to(dtype)
+    m_NCC = torch.empty_like(logits_NCC, dtype=dtype)
+    torch.ops.cin_fast.cuda_cci_rows(m_NCC, logits_NCC, partner_N, eta_N, scale)
+    return m_NCC
+
+
+def _interaction_backward(
+    logits_NCC: Tensor,
+    d_NCC: Tensor,
+    partner_N: Tensor,
+    eta_N: Tensor,
+    scale: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """|M|, and from its gradient d those of the logits and of eta."""
+    if _has_kernels(logits_NCC):
+        m_NCC, ds_NCC = (torch.empty_like(logits_NCC, dtype=dtype) for _ in "ms")
+        deta_NC = torch.empty_like(logits_NCC[..., 0])
+        torch.ops.cin_fast.cuda_cci_rows_backward(
+            m_NCC, ds_NCC, deta_NC, logits_NCC, d_NCC, partner_N, eta_N, scale
+        )
+        return m_NCC, ds_NCC, deta_NC.sum(1)
+    p_NCC = torch.softmax(logits_NCC.mul_(scale), -1)
+    other_NCC, eta_N11 = p_NCC[partner_N], _per_image(eta_N)
+    m_NCC = p_NCC - eta_N11 * other_NCC
+    dm_NCC = m_NCC.sign().mul_(d_NCC)
+    # partner is an involution: what image i owes its partner's weights arrives as a gather.
+    dp_NCC = dm_NCC - (eta_N11 * dm_NCC)[partner_N]
+    ds_NCC = torch._softmax_backward_data(dp_NCC, p_NCC, -1, p_NCC.dtype).mul_(scale)
+    return m_NCC.abs_().to(dtype), ds_NCC.to(dtype), -(dm_NCC * other_NCC).sum((1, 2))
 
 
 def _has_kernels(logits_NCC: Tensor) -> bool:

@@ -58,11 +58,19 @@ THIN_LINEAR = {
     "thin_linear_input": "(Tensor dy, Tensor w) -> Tensor",
     "thin_linear_weight": "(Tensor dy, Tensor a) -> Tensor",
 }
-# Passes over the matrices of the matmul backend. The results may take the arguments' memory.
-SOFTMAX_ROWS = {
+# Passes over the matrices of the matmul backend. Results of the first two may take the arguments'
+# memory; `partner` says where among the group's images each one's is.
+MATRIX_ROWS = {
     "softmax_rows": "(Tensor(a!) weights, Tensor logits, float scale) -> ()",
     "softmax_rows_backward": (
         "(Tensor(a!) weights, Tensor(b!) ds, Tensor logits, Tensor dp, float scale) -> ()"
+    ),
+    "cci_rows": (
+        "(Tensor(a!) weights, Tensor logits, Tensor partner, Tensor eta, float scale) -> ()"
+    ),
+    "cci_rows_backward": (
+        "(Tensor(a!) weights, Tensor(b!) ds, Tensor(c!) deta, Tensor logits, Tensor d,"
+        " Tensor partner, Tensor eta, float scale) -> ()"
     ),
 }
 # Bytes of scratch memory that were kept for the next call, and no longer are.
@@ -71,5 +79,5 @@ KEPT_MEMORY = {"release_kept": "() -> int"}
 # Backend of a compiled extension -> what it holds.
 COMPILED = {
     "cpu": OPERATORS | VALUES | TAP_MEANS | PAIR_SWEEPS | THIN_LINEAR | KEPT_MEMORY,
-    "cuda": OPERATORS | TAP_MEANS | SOFTMAX_ROWS,
+    "cuda": OPERATORS | TAP_MEANS | MATRIX_ROWS,
 }

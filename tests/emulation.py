@@ -221,6 +221,25 @@ class Emulator:
     ) -> None:
         self._rows("emulated_softmax_rows_backward", [logits, dp], [weights, ds], scale)
 
+    def cci_rows(
+        self, weights: Tensor, logits: Tensor, partner: Tensor, eta: Tensor, scale: float
+    ) -> None:
+        self._rows("emulated_cci_rows", [logits, partner, eta], [weights], scale)
+
+    def cci_rows_backward(
+        self,
+        weights: Tensor,
+        ds: Tensor,
+        deta: Tensor,
+        logits: Tensor,
+        d: Tensor,
+        partner: Tensor,
+        eta: Tensor,
+        scale: float,
+    ) -> None:
+        inputs = [logits, d, partner, eta]
+        self._rows("emulated_cci_rows_backward", inputs, [weights, ds, deta], scale)
+
     def _rows(
         self, name: str, inputs: Sequence[Tensor], outputs: Sequence[Tensor], scale: float
     ) -> None:

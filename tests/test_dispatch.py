@@ -1,5 +1,8 @@
 """Which backend runs, and what is said of those that cannot."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -28,6 +31,34 @@ def test_cpu_kernels_are_the_default_where_they_are_built(x, monkeypatch):
     monkeypatch.delenv("CIN_FAST_BACKEND", raising=False)
     expected = "reference" if dispatch.unavailable("cpu") else "cpu"
     assert dispatch.choose(x) == expected
+
+
+@pytest.mark.parametrize(
+    ("dtype", "positions", "first"),
+    [
+        (torch.bfloat16, 196, "cuda"),
+        (torch.float16, 208, "cuda"),
+        (torch.float16, 209, "matmul"),
+        (torch.float32, 196, "matmul"),
+        (torch.float64, 196, "reference"),
+    ],
+)
+def test_on_a_gpu_dtype_and_positions_decide(dtype, positions, first):
+    assert dispatch.preferred("cuda", dtype, positions)[0] == first
+
+
+def test_what_is_measured_decides():
+    """Every committed comparison of a GPU's backends: the chosen one is no more than 1.15 times as
+    slow as the fastest, both directions together."""
+    files = sorted((Path(__file__).parent.parent / "bench" / "results").glob("*/backends.json"))
+    assert files
+    for path in files:
+        for row in json.loads(path.read_text())["rows"]:
+            case, seconds = row["case"], row["both"]
+            dtype = getattr(torch, case["dtype_name"])
+            chosen = dispatch.preferred("cuda", dtype, case["height"] * case["width"])[0]
+            fastest = min(seconds[name] for name in dispatch.BACKENDS if name in seconds)
+            assert seconds[chosen] <= 1.15 * fastest, (path.parent.name, row)
 
 
 def test_the_environment_overrides(x, monkeypatch):

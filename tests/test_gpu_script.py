@@ -123,10 +123,13 @@ def test_the_plan_builds_tests_sanitizes_and_measures(gpu: ModuleType) -> None:
     assert stages[0][0].command[1:] == ("setup.py", "--quiet", "build_ext", "--inplace")
     assert stages[0][0].environment["TORCH_CUDA_ARCH_LIST"] == "9.0a"
     tools = ["memcheck", "racecheck", "initcheck", "synccheck"]
-    assert right == ["triton tests", "cuda tests", "ptx tests", *tools]
+    tests = ["triton tests", "tap means and matmul tests", "cuda tests", "ptx tests"]
+    assert right == [*tests, *tools]
     assert alone == [["bench sci"], ["bench head"], ["bench cci"], ["kernel times"]]
-    without = gpu.plan("9.0a", None, build=False, patient=True)
-    assert [len(stage) for stage in without] == [3, 1, 1, 1, 1]
+    few = gpu.plan("9.0a", None, build=False, patient=True)
+    assert [len(stage) for stage in few] == [4, 1, 1, 1, 1]
+    few = gpu.plan("9.0a", None, build=False, patient=True, without=["ptx tests", "bench sci"])
+    assert [len(stage) for stage in few] == [3, 1, 1, 1]
     for path in (part for stage in stages for one in stage for part in one.command):
         if path.startswith(("tests/", "bench/")):
             assert (gpu.ROOT / path).exists()

@@ -295,6 +295,30 @@ void softmax_rows_backward(const Tensor& weights, const Tensor& ds, const Tensor
         "softmax_rows_backward");
 }
 
+void cci_rows(const Tensor& weights, const Tensor& logits, const Tensor& partner, const Tensor& eta,
+              double scale) {
+  Call call(logits);
+  check_like(weights, logits);
+  check(cin_fast::cci_rows(call.context, dtype_of(weights), rows_of(logits),
+                           static_cast<float>(scale),
+                           {const_data<float>(logits), const_data<int64_t>(partner),
+                            const_data<float>(eta), data<void>(weights)}),
+        "cci_rows");
+}
+
+void cci_rows_backward(const Tensor& weights, const Tensor& ds, const Tensor& deta,
+                       const Tensor& logits, const Tensor& d, const Tensor& partner,
+                       const Tensor& eta, double scale) {
+  Call call(logits);
+  for (const Tensor* one : {&weights, &ds, &d}) check_like(*one, logits);
+  check(cin_fast::cci_rows_backward(call.context, dtype_of(weights), rows_of(logits),
+                                    static_cast<float>(scale),
+                                    {const_data<float>(logits), const_data<int64_t>(partner),
+                                     const_data<float>(eta), data<void>(weights)},
+                                    {const_data<float>(d), data<void>(ds), data<float>(deta)}),
+        "cci_rows_backward");
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(cin_fast, CUDA, m) {
@@ -306,4 +330,6 @@ STABLE_TORCH_LIBRARY_IMPL(cin_fast, CUDA, m) {
   m.impl("cuda_tap_means_backward", TORCH_BOX(&tap_means_backward));
   m.impl("cuda_softmax_rows", TORCH_BOX(&softmax_rows));
   m.impl("cuda_softmax_rows_backward", TORCH_BOX(&softmax_rows_backward));
+  m.impl("cuda_cci_rows", TORCH_BOX(&cci_rows));
+  m.impl("cuda_cci_rows_backward", TORCH_BOX(&cci_rows_backward));
 }

@@ -99,9 +99,30 @@ cudaError_t tap_means_backward(const Context& context, Dtype dtype, const Map& m
 // softmax(scale logits) along rows, in the dtype; weights may be the logits.
 cudaError_t softmax_rows(const Context& context, Dtype dtype, const Rows& rows, float scale,
                          const float* logits, void* weights);
-// Besides, scale times the gradient of the scaled logits; ds may be dp.
+// Besides, the gradient of the logits from that of the weights; ds may be dp.
 cudaError_t softmax_rows_backward(const Context& context, Dtype dtype, const Rows& rows,
                                   float scale, const float* logits, const float* dp, void* weights,
                                   void* ds);
+
+// |M| of a group of images: partner says where in it each one's is. The results take no memory that
+// is read.
+struct CciRows {
+  const float* logits;
+  const int64_t* partner;
+  const float* eta;
+  void* weights;
+};
+
+// d: the gradient of |M|; ds: that of the logits; deta: a number a row, to be added up.
+struct CciRowsBackward {
+  const float* d;
+  void* ds;
+  float* deta;
+};
+
+cudaError_t cci_rows(const Context& context, Dtype dtype, const Rows& rows, float scale,
+                     const CciRows& a);
+cudaError_t cci_rows_backward(const Context& context, Dtype dtype, const Rows& rows, float scale,
+                              const CciRows& a, const CciRowsBackward& b);
 
 }  // namespace cin_fast

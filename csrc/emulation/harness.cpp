@@ -126,3 +126,21 @@ extern "C" int emulated_softmax_rows_backward(const EmulationCall* call, const f
   return cin_fast::softmax_rows_backward(context_of(workspace, *call), cin_fast::Dtype(call->dtype),
                                          rows_of(*call), call->scale, logits, dp, weights, ds);
 }
+
+extern "C" int emulated_cci_rows(const EmulationCall* call, const float* logits, const long*,
+                                 const int64_t* partner, const long*, const float* eta, const long*,
+                                 void* weights) {
+  Workspace workspace;
+  return cin_fast::cci_rows(context_of(workspace, *call), cin_fast::Dtype(call->dtype),
+                            rows_of(*call), call->scale, {logits, partner, eta, weights});
+}
+
+extern "C" int emulated_cci_rows_backward(const EmulationCall* call, const float* logits,
+                                          const long*, const float* d, const long*,
+                                          const int64_t* partner, const long*, const float* eta,
+                                          const long*, void* weights, void* ds, float* deta) {
+  Workspace workspace;
+  return cin_fast::cci_rows_backward(context_of(workspace, *call), cin_fast::Dtype(call->dtype),
+                                     rows_of(*call), call->scale, {logits, partner, eta, weights},
+                                     {d, ds, deta});
+}
