@@ -25,6 +25,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
+from backend_report import FILE, OURS
 from cases import DEVICE, Case, main_case, network_cases
 from gpu import describe_device, no_gpu
 from kernel_times import THIN, Subject, subjects
@@ -35,8 +36,6 @@ from torch import Tensor
 
 import cin_fast
 
-FILE = "backends.json"
-OURS = ("cuda", "triton", "matmul")
 ROUNDS = 9
 # Between two right results in bfloat16; in float32 products rounded to TF32 differ by less.
 DISAGREEMENT = 5e-2

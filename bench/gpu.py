@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
@@ -232,15 +233,22 @@ def _outcome(step: Step, status: str, started: float, output: str) -> Outcome:
     summary = lines[-1].strip("= ") if lines else "no output"
     if status == "passed" and skips and " passed" not in summary:
         status = "skipped"
+    kept = "\n".join(skips) if status in ("passed", "skipped") else output[-TAIL:]
     return Outcome(
         name=step.name,
         status=status,
         seconds=round(time.monotonic() - started, 1),
         command=_without_paths(" ".join(step.command)),
         summary=summary,
-        tail="\n".join(skips) if status in ("passed", "skipped") else output[-TAIL:],
+        tail="\n".join([*races(output), kept]),
         measured=measured(ROOT / step.json) if step.json else {},
     )
+
+
+def races(output: str) -> list[str]:
+    """The kernels that racecheck named, and how often: a line each, as its report is long."""
+    named = re.findall(r"Race reported between .*?(\w+_kernel)", output)
+    return [f"{kernel}: {count} races reported" for kernel, count in Counter(named).items()]
 
 
 def _without_paths(text: str) -> str:

@@ -11,13 +11,14 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+import backend_report  # noqa: E402
 import gpu_report  # noqa: E402
 import kernel_report  # noqa: E402
 from results_file import (  # noqa: E402
@@ -224,33 +225,39 @@ def targets_table(targets: dict[str, Any]) -> str:
 
 
 def readme_section(results: Path) -> str:
-    """What stands between the README's marks, from every machine's folder in ``results``."""
+    """What stands between the README's marks: every machine's folder in ``results``, of GPUs the
+    newest."""
     parts = [part for folder in sorted(results.glob("*/")) for part in _machine_section(folder)]
-    gpu = _gpu_paragraphs(
-        results, gpu_report.readme_paragraphs, kernel_report.readme_paragraphs
-    )  # fmt: skip
-    return _section([*(parts or [NOTHING]), *gpu])
+    gpus = sorted(results.glob("*/gpu.json"), key=_age)[-1:]
+    gpu = [part for path in gpus for part in _gpu_paragraphs(path, "readme_paragraphs")]
+    return _section([*(parts or [NOTHING]), *(gpu or [NO_GPU])])
 
 
 def kernels_section(results: Path) -> str:
-    """What stands between the marks of docs/kernels.md, from every GPU's folder."""
-    return _section(
-        _gpu_paragraphs(results, gpu_report.kernels_paragraphs, kernel_report.kernels_paragraphs)
-    )
+    """What stands between the marks of docs/kernels.md, from every GPU's folder, newest first."""
+    gpus = sorted(results.glob("*/gpu.json"), key=_age, reverse=True)
+    parts = [part for path in gpus for part in _gpu_paragraphs(path, "kernels_paragraphs")]
+    return _section(parts or [NO_GPU])
 
 
-def _gpu_paragraphs(
-    results: Path,
-    of_run: Callable[[gpu_report.GpuRun, str], list[str]],
-    of_kernels: Callable[[kernel_report.KernelRun, str], list[str]],
-) -> list[str]:
+def _age(path: Path) -> tuple[str, str]:
+    """Sorts the newest last, and where two are of one day, by name."""
+    return gpu_report.load(path).about["date"], path.parent.name
+
+
+def _gpu_paragraphs(path: Path, which: str) -> list[str]:
+    """Of a GPU's files those that are there, each by its module's function of that name."""
+    where = f"bench/results/{path.parent.name}"
     found = []
-    for path in sorted(results.glob("*/gpu.json")):
-        where, kernels = f"bench/results/{path.parent.name}", path.with_name(kernel_report.FILE)
-        found += of_run(gpu_report.load(path), where)
-        if kernels.exists():
-            found += of_kernels(kernel_report.load(kernels), where)
-    return found or [NO_GPU]
+    for module, name in (
+        (gpu_report, path.name),
+        (kernel_report, kernel_report.FILE),
+        (backend_report, backend_report.FILE),
+    ):
+        if path.with_name(name).exists():
+            run = module.load(path.with_name(name))  # type: ignore[attr-defined]
+            found += getattr(module, which)(run, where)
+    return found
 
 
 def _section(paragraphs: Sequence[str]) -> str:

@@ -48,9 +48,9 @@ def _constant_when_compiled(function: _Function) -> _Function:
 def preferred(device: str, dtype: torch.dtype, positions: int) -> tuple[str, ...]:
     """What ``backend=None`` tries for features of so many positions, first to last.
 
-    On a CPU the compiled kernels win every row of bench/results. On a GPU ``python
-    bench/backends.py`` compares: the fused kernels win where operands fit into shared memory as
-    tensor cores want them, by 1.2 to 6 times; library products win elsewhere, by 1.2 to 40.
+    On a GPU ``python bench/backends.py`` compares. In both directions the fused kernels win where
+    operands fit into shared memory as tensor cores want them, sci by 3 to 5 times; elsewhere
+    library products do, by 0.9 to 90 (docs/kernels.md, "Which backend where").
     """
     if device == "cpu":
         return ("cpu", "reference")

@@ -165,6 +165,53 @@ def test_kernel_times_stand_beside_the_fastest_rival(bench, kernel_results):
     assert f"- Left out: sdpa-flash (sci: {reason}" in kernels
 
 
+def make_backend_run():
+    """Of ``bench/backends.py``: one question where ours was compared with eager, one where not."""
+
+    def row(dtype_name, precision, both, **more):
+        case = {"name": "resnet50-448", "batch": 20, "channels": 2048, "height": 14, "width": 14,
+                "dtype_name": dtype_name, "backward": False}  # fmt: skip
+        forward = {name: seconds / 4 for name, seconds in both.items()}
+        return {"case": case, "operator": "sci", "columns": 0, "precision": precision,
+                "forward": forward, "both": both, **more}  # fmt: skip
+
+    peaks = {"cuda": 65 << 20, "eager": 687 << 20}
+    return make_gpu_run() | {
+        "commit": "c" * 40,
+        "rows": [
+            row("bfloat16", "highest", {"cuda": 5e-4, "eager": 2e-3}, **{"both peak": peaks}),
+            row("float32", "high", {"triton": 1.2e-2}, commits={"triton": "d" * 40}),
+            {"reason": "no"},
+        ],
+    }
+
+
+def test_backends_stand_beside_each_other_and_eager(bench, gpu_results):
+    gpu_results.with_name("backends.json").write_text(json.dumps(make_backend_run()))
+    report = bench("report")
+    readme, kernels = (
+        section(gpu_results.parent.parent)
+        for section in (report.readme_section, report.kernels_section)
+    )
+    shape = "dense `sci`, resnet50-448 B20 C2048 L196"
+    assert f"| {shape}, bfloat16 | cuda | 4.00 | 4.00 | 65 / 687 |" in readme
+    assert "float32" not in readme.partition("runs by itself")[2].partition("To repeat")[0]
+    assert f"| {shape}, bfloat16 | 0.125 / 0.500 | - | - | 0.500 / 2.000 | cuda |" in kernels
+    assert f"| {shape}, float32, TF32 | - | 3.000 / 12.000 | - | - | matmul |" in kernels
+    assert f"cuda, eager at {'c' * 12}; triton at {'d' * 12}." in kernels
+
+
+def test_the_readme_has_the_newest_gpu_and_the_document_all(bench, gpu_results):
+    older = gpu_results.parent.with_name("older-gpu")
+    older.mkdir()
+    run = make_gpu_run() | {"device": "An older GPU", "date": "2025-12-31"}
+    (older / "gpu.json").write_text(json.dumps(run))
+    report = bench("report")
+    assert "An older GPU" not in report.readme_section(older.parent)
+    kernels = report.kernels_section(older.parent)
+    assert kernels.index("A GPU,") < kernels.index("An older GPU,")
+
+
 def test_a_gpu_run_without_medians_shows_its_steps_alone(bench, gpu_results):
     run = make_gpu_run()
     for one in run["steps"]:
@@ -222,7 +269,11 @@ def test_what_is_no_gpu_run_is_refused_in_one_line(bench, tmp_path, capsys, run)
 
 @pytest.mark.parametrize(
     ("module", "program"),
-    [("gpu_report", "make gpu"), ("kernel_report", "bench/kernel_times.py")],
+    [
+        ("gpu_report", "make gpu"),
+        ("kernel_report", "bench/kernel_times.py"),
+        ("backend_report", "bench/backends.py"),
+    ],
 )
 @pytest.mark.parametrize("text", ["[]", "{}", '{"steps": [1], "case": {"width": 1}}'])
 def test_a_file_of_something_else_is_named(bench, tmp_path, module, program, text):

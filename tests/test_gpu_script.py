@@ -104,6 +104,17 @@ def test_what_is_published_names_no_folder(gpu: ModuleType) -> None:
     assert outcome.command.startswith("python -c")
 
 
+def test_races_are_counted_by_kernel(gpu: ModuleType) -> None:
+    race = (
+        "========= Error: Race reported between Write access at void a::b::{}<c, (int)2>(d)+0x1820"
+    )
+    lines = [race.format(name) for name in ("one_kernel", "two_kernel", "one_kernel")]
+    outcome = gpu.run_step(step(gpu, "racecheck", f"print({chr(10).join(lines)!r}); exit(9)"), 30.0)
+    first, second, *kept = outcome.tail.splitlines()
+    assert (first, second) == ("one_kernel: 2 races reported", "two_kernel: 1 races reported")
+    assert kept == lines
+
+
 def test_children_of_a_step_end_with_it(gpu: ModuleType, tmp_path: Path) -> None:
     mark = tmp_path / "mark"
     child = (
