@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from cin_fast import schemas
+from cin_fast.registry import has_kernel
 
 BACKENDS = ("reference", "matmul", "cpu", "triton", "cuda")
 
@@ -89,6 +90,9 @@ def require(x: Tensor, backend: str, source: str = "backend") -> str:
 def why_not(x: Tensor, backend: str) -> str:
     """Why ``backend`` cannot run on ``x``, in one line; empty if it can."""
     if backend in _ANYWHERE:
+        if backend == "matmul" and x.is_cuda:
+            # Loads its passes over matrices; where there are none, torch's serve.
+            unavailable("cuda")
         return ""
     device = x.device.type
     if device != _DEVICE_OF[backend] and not (backend == "triton" and _triton_interpreted()):
@@ -196,17 +200,9 @@ def _load_library(backend: str, library: str) -> str:
     except (ImportError, OSError) as error:
         return f"cin_fast.{name} did not load: {error}"
     for stem in schemas.COMPILED[backend]:
-        if not _has_kernel(f"cin_fast::{backend}_{stem}", backend.upper()):
+        if not has_kernel(f"cin_fast::{backend}_{stem}", backend.upper()):
             return f"cin_fast.{name} holds no {stem}: build again ({_BUILD})"
     return ""
-
-
-def _has_kernel(operator: str, key: str) -> bool:
-    try:
-        return torch._C._dispatch_has_computed_kernel_for_dispatch_key(operator, key)
-    except RuntimeError:
-        # Nobody has declared the operator either.
-        return False
 
 
 def _library(name: str) -> str | None:

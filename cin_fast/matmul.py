@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cin_fast import dispatch, schemas
+from cin_fast import schemas
 from cin_fast.autocast import as_written
+from cin_fast.registry import has_kernel
 
 # Bytes of C x C matrices at a time; those of one image, or of a pair, where they alone are more.
 WORKSPACE = 256 << 20
@@ -176,7 +177,7 @@ def _through_logits(ds_NCC: Tensor, x_NCL: Tensor) -> Tensor:
 
 def _softmax(logits_NCC: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
     """Weights of ``scale`` times the logits, whose memory they may take."""
-    if not _has_kernels(logits_NCC):
+    if not _has_passes(logits_NCC):
         return torch.softmax(logits_NCC.mul_(scale), -1).to(dtype)
     p_NCC = logits_NCC if dtype == torch.float32 else torch.empty_like(logits_NCC, dtype=dtype)
     torch.ops.cin_fast.cuda_softmax_rows(p_NCC, logits_NCC, scale)
@@ -186,11 +187,10 @@ def _softmax(logits_NCC: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
 def _softmax_backward(
     logits_NCC: Tensor, dp_NCC: Tensor, scale: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """P, and ``scale`` times dS = P (dP - rowsum(P dP)); both may take the arguments' memory."""
-    if not _has_kernels(logits_NCC):
+    """P, and the gradient of the logits from that of P; both may take the arguments' memory."""
+    if not _has_passes(logits_NCC):
         p_NCC = torch.softmax(logits_NCC.mul_(scale), -1)
-        ds_NCC = torch._softmax_backward_data(dp_NCC, p_NCC, -1, p_NCC.dtype).mul_(scale)
-        return p_NCC.to(dtype), ds_NCC.to(dtype)
+        return p_NCC.to(dtype), _through_weights(dp_NCC, p_NCC, scale).to(dtype)
     in_place = dtype == torch.float32
     p_NCC, ds_NCC = (t if in_place else torch.empty_like(t, dtype=dtype)
                      for t in (logits_NCC, dp_NCC))  # fmt: skip
@@ -202,7 +202,7 @@ def _interaction(
     logits_NCC: Tensor, partner_N: Tensor, eta_N: Tensor, scale: float, dtype: torch.dtype
 ) -> Tensor:
     """|M| with M = P - eta P_partner; may take the logits' memory."""
-    if not _has_kernels(logits_NCC):
+    if not _has_passes(logits_NCC):
         p_NCC = torch.softmax(logits_NCC.mul_(scale), -1)
         return p_NCC.sub(_per_image(eta_N) * p_NCC[partner_N]).abs_().to(dtype)
     m_NCC = torch.empty_like(logits_NCC, dtype=dtype)
@@ -219,7 +219,7 @@ def _interaction_backward(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """|M|, and from its gradient d those of the logits and of eta."""
-    if _has_kernels(logits_NCC):
+    if _has_passes(logits_NCC):
         m_NCC, ds_NCC = (torch.empty_like(logits_NCC, dtype=dtype) for _ in "ms")
         deta_NC = torch.empty_like(logits_NCC[..., 0])
         torch.ops.cin_fast.cuda_cci_rows_backward(
@@ -232,9 +232,16 @@ def _interaction_backward(
     dm_NCC = m_NCC.sign().mul_(d_NCC)
     # partner is an involution: what image i owes its partner's weights arrives as a gather.
     dp_NCC = dm_NCC - (eta_N11 * dm_NCC)[partner_N]
-    ds_NCC = torch._softmax_backward_data(dp_NCC, p_NCC, -1, p_NCC.dtype).mul_(scale)
-    return m_NCC.abs_().to(dtype), ds_NCC.to(dtype), -(dm_NCC * other_NCC).sum((1, 2))
+    ds_NCC = _through_weights(dp_NCC, p_NCC, scale)
+    return m_NCC.abs_().to(dtype), ds_NCC.to(dtype), -dm_NCC.mul_(other_NCC).sum((1, 2))
 
 
-def _has_kernels(logits_NCC: Tensor) -> bool:
-    return logits_NCC.dtype == torch.float32 and not dispatch.why_not(logits_NCC, "cuda")
+def _through_weights(dp_NCC: Tensor, p_NCC: Tensor, scale: float) -> Tensor:
+    """scale P (dP - rowsum(P dP)), in dP's memory."""
+    return dp_NCC.sub_((p_NCC * dp_NCC).sum(-1, keepdim=True)).mul_(p_NCC).mul_(scale)
+
+
+def _has_passes(logits_NCC: Tensor) -> bool:
+    """Whether our kernels can pass over these matrices."""
+    key = logits_NCC.device.type.upper()
+    return logits_NCC.dtype == torch.float32 and has_kernel("cin_fast::cuda_softmax_rows", key)

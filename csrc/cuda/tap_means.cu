@@ -7,7 +7,7 @@ namespace cin_fast {
 namespace {
 
 constexpr int kTaps = 9;
-// Of a block: channels, and threads that share the positions of one.
+// Of a block: channels, and threads that share the rows of one's map.
 constexpr int kChannels = 32, kShares = 8, kThreads = kChannels * kShares;
 // Between the sums of two taps: neither layout's threads then meet a bank twice.
 constexpr int kSumsPitch = kChannels + 4;
