@@ -96,12 +96,13 @@ def plan(
         chip: TORCH_CUDA_ARCH_LIST's name of the device; only its kernels are built.
         sanitizer: compute-sanitizer's path; None leaves its steps out.
         build: False where the extension is there already.
-        patient: rivals that compile have a turn, too.
+        patient: rivals that compile have a turn, too, and maps and dtypes beyond the main one.
         commit: what runs, where git does not know.
         without: names of steps to leave out.
     """
     right = (*test_steps(), *(sanitizer_steps(sanitizer) if sanitizer else ()))
-    alone = [(step,) for step in (*bench_steps(patient), kernel_step(commit))]
+    last = (backends_step(commit),) if patient else ()
+    alone = [(step,) for step in (*bench_steps(patient), kernel_step(commit), *last)]
     stages = [*([(build_step(chip),)] if build else []), right, *alone]
     kept = (tuple(step for step in stage if step.name not in without) for stage in stages)
     return [stage for stage in kept if stage]
@@ -154,6 +155,12 @@ def kernel_step(commit: str | None) -> Step:
     """Each operator's calls and their kernels, in a file of its own beside gpu.json."""
     named = ("--commit", commit) if commit else ()
     return Step("kernel times", (sys.executable, "bench/kernel_times.py", *named), 1.5)
+
+
+def backends_step(commit: str | None) -> Step:
+    """Every backend over maps and dtypes, likewise; what is asked first is answered first."""
+    named = ("--commit", commit) if commit else ()
+    return Step("backends", (sys.executable, "bench/backends.py", *named), 4.0)
 
 
 def run(

@@ -140,10 +140,10 @@ def test_the_plan_builds_tests_sanitizes_and_measures(gpu: ModuleType) -> None:
     tools = ["memcheck", "racecheck", "initcheck", "synccheck"]
     tests = ["triton tests", "tap means and matmul tests", "cuda tests", "ptx tests"]
     assert right == [*tests, *tools]
-    assert alone == [["bench sci"], ["bench head"], ["bench cci"], ["kernel times"]]
-    few = gpu.plan("9.0a", None, build=False, patient=True)
+    assert alone == [["bench sci"], ["bench head"], ["bench cci"], ["kernel times"], ["backends"]]
+    few = gpu.plan("9.0a", None, build=False, patient=False)
     assert [len(stage) for stage in few] == [4, 1, 1, 1, 1]
-    few = gpu.plan("9.0a", None, build=False, patient=True, without=["ptx tests", "bench sci"])
+    few = gpu.plan("9.0a", None, build=False, patient=False, without=["ptx tests", "bench sci"])
     assert [len(stage) for stage in few] == [3, 1, 1, 1]
     for path in (part for stage in stages for one in stage for part in one.command):
         if path.startswith(("tests/", "bench/")):
@@ -284,7 +284,7 @@ def test_the_json_says_where_and_what(gpu: ModuleType, tmp_path: Path) -> None:
     assert [found.name for found in path.parent.iterdir()] == ["gpu.json"]
 
 
-@pytest.mark.parametrize("script", ["gpu.py", "kernel_times.py"])
+@pytest.mark.parametrize("script", ["gpu.py", "kernel_times.py", "backends.py"])
 def test_without_a_gpu_one_line_and_nothing_built(repository: Path, script: str) -> None:
     result = subprocess.run(
         [sys.executable, str(repository / "bench" / script)],
