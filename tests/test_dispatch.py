@@ -1,7 +1,6 @@
 """Which backend runs, and what is said of those that cannot."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -47,10 +46,15 @@ def test_on_a_gpu_dtype_and_positions_decide(dtype, positions, first):
     assert dispatch.preferred("cuda", dtype, positions)[0] == first
 
 
-def test_what_is_measured_decides():
+def test_fused_positions_are_those_of_the_kernels(repository):
+    host = (repository / "csrc" / "cuda" / "host.cuh").read_text()
+    assert f"kWide = {dispatch._FUSED_POSITIONS};" in host
+
+
+def test_what_is_measured_decides(repository):
     """In every committed comparison of a GPU's backends the chosen one, where it took part, needs
     at most 1.15 times as long as the fastest, both directions together."""
-    files = sorted((Path(__file__).parent.parent / "bench" / "results").glob("*/backends.json"))
+    files = sorted((repository / "bench" / "results").glob("*/backends.json"))
     assert files
     for path in files:
         for row in json.loads(path.read_text())["rows"]:
