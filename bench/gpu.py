@@ -382,6 +382,11 @@ def pass_over_matrices(dtype: Any, columns: int) -> None:
     torch.ops.cin_fast.cuda_softmax_rows_backward(weights, ds, logits, dp, -1.0)
 
 
+def hear_interrupts() -> None:
+    """In a shell's background (``nohup make gpu &``) they are ignored, by all of the steps, too."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
@@ -409,6 +414,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os._exit(0)
     from machine import results_folder
 
+    hear_interrupts()
     about = describe_device() | ({"commit": options.commit} if options.commit else {})
     planned = plan(
         about["capability"].replace("9.0", "9.0a"),
