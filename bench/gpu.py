@@ -260,7 +260,7 @@ def races(output: str) -> list[str]:
 
 def _without_paths(text: str) -> str:
     text = text.replace(sys.executable, "python").replace(f"{ROOT}/", "")
-    return re.sub(r"[^\s'\"]*/(?=site-packages/)", "", text)
+    return re.sub(r"[^\s'\"]*/(?=site-packages/|python3\.\d+/(?!site-packages/))", "", text)
 
 
 def measured(path: Path) -> dict[str, Any]:

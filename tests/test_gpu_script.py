@@ -105,9 +105,11 @@ def test_what_only_skipped_has_not_passed(gpu: ModuleType) -> None:
 
 def test_what_is_published_names_no_folder(gpu: ModuleType) -> None:
     library = "../../opt/some/lib/site-packages/torch/jit.py:365"
-    code = f"print({str(gpu.ROOT / 'tests')!r}, {library!r}); raise SystemExit(1)"
+    own = "../../usr/lib/python3.12/selectors.py:415"
+    code = f"print({str(gpu.ROOT / 'tests')!r}, {library!r}, {own!r}); raise SystemExit(1)"
     outcome = gpu.run_step(step(gpu, "one", code), 30.0)
-    assert outcome.tail == "tests site-packages/torch/jit.py:365\n"
+    expected = "tests site-packages/torch/jit.py:365 python3.12/selectors.py:415"
+    assert outcome.tail == f"{expected}\n"
     assert outcome.command.startswith("python -c")
 
 
