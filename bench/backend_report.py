@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from cases import DTYPES, Case
+from cases import Case
 from gpu_report import markdown, short_commit, written_by
 
 from cin_fast.dispatch import preferred
 
 FILE = "backends.json"
 OURS = ("cuda", "triton", "matmul")
+# Of float32 alone something else than "highest" is asked.
 _PRODUCTS = {"high": ", TF32", "highest": ""}
 _HOW = """`matmul` is library products, a few images at a time, `eager` whole matrices as PyTorch
 users write them; memory is what a call in both directions holds beyond what was held before."""
@@ -69,12 +69,12 @@ def load(path: Path) -> BackendRun:
 def _answer(row: dict[str, Any]) -> Answer:
     case = Case(**row["case"])
     width = "thin" if row["columns"] else "dense"
-    dtype = f"{case.dtype_name}{_PRODUCTS[row['precision']] * (case.dtype == torch.float32)}"
+    dtype = f"{case.dtype_name}{_PRODUCTS[row['precision']]}"
     shape = f"{case.name} B{case.batch} C{case.channels} L{case.positions}"
     forward, both = ({name: 1e3 * s for name, s in row[way].items()} for way in ("forward", "both"))
     return Answer(
         f"{width} `{row['operator']}`, {shape}, {dtype}",
-        preferred("cuda", DTYPES[case.dtype_name], case.positions)[0],
+        preferred("cuda", case.dtype, case.positions)[0],
         forward,
         both,
         {name: size / 2**20 for name, size in row.get("both peak", {}).items()},

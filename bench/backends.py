@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import pairwise
@@ -28,7 +29,7 @@ import torch
 from backend_report import FILE, OURS
 from cases import DEVICE, Case, main_case, network_cases
 from gpu import describe_device, no_gpu
-from kernel_times import THIN, Subject, subjects
+from kernel_times import THIN, Subject, cci, subjects
 from machine import results_folder
 from measure import interleaved
 from operators import run
@@ -100,10 +101,8 @@ def ways(subject: Subject, names: Sequence[str]) -> dict[str, Callable[..., Tens
 
 
 def _ours(operator: str, backend: str, x: Tensor, *more: Tensor) -> Tensor:
-    if operator == "sci":
-        return cin_fast.sci(x, *more, backend=backend)
-    *v, eta, partner = more
-    return cin_fast.cci(x, partner, eta, *v, backend=backend)
+    call = cin_fast.sci if operator == "sci" else cci
+    return call(x, *more, backend=backend)
 
 
 def _eager(operator: str, x: Tensor, *more: Tensor) -> Tensor:
@@ -116,14 +115,11 @@ def _eager(operator: str, x: Tensor, *more: Tensor) -> Tensor:
     return torch.bmm((weights - eta.to(x.dtype)[:, None, None] * other).abs(), *(v or (x,)))
 
 
-def compile_ahead(question: Question) -> str:
+def compile_ahead(question: Question) -> None:
     """Fills Triton's cache; a failure shows when it is timed."""
     subject = subject_of(question)
-    try:
+    with suppress(Exception):
         run(ways(subject, ["triton"])["triton"], subject.problem)
-    except Exception as error:
-        return f"{type(error).__name__}: {error}".splitlines()[0]
-    return ""
 
 
 def answer(question: Question, names: Sequence[str]) -> dict[str, Any]:

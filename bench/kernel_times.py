@@ -70,13 +70,13 @@ def subjects(case: Case) -> Iterator[Subject]:
     partner, eta = make_pairs(case.batch)
     eta = eta.to("cuda")
     sci = {name: partial(cin_fast.sci, backend=name) for name in BACKENDS}
-    cci = {name: partial(_cci, backend=name) for name in BACKENDS}
+    pairs = {name: partial(cci, backend=name) for name in BACKENDS}
     dense, thin = (flops(case, columns) for columns in (case.positions, THIN))
     everybody, wide = _plain(sci_rivals()) | sci, case.positions
     yield Subject("sci", wide, everybody, Problem(eager_sci, (x,), dy=dy), dense)
     yield Subject("sci", THIN, sci, Problem(eager_sci, (x, v), dy=dv), thin)
-    yield Subject("cci", wide, cci, Problem(eager_cci, (x,), (eta,), partner, dy), dense)
-    yield Subject("cci", THIN, cci, Problem(eager_cci, (x, v), (eta,), partner, dv), thin)
+    yield Subject("cci", wide, pairs, Problem(eager_cci, (x,), (eta,), partner, dy), dense)
+    yield Subject("cci", THIN, pairs, Problem(eager_cci, (x, v), (eta,), partner, dv), thin)
 
 
 def head(case: Case) -> Subject:
@@ -97,7 +97,8 @@ def _plain(rivals: Sequence[Rival]) -> dict[str, Callable[..., Tensor]]:
     return {one.name: one.call for one in rivals if not one.compiles and one.name not in OURS}
 
 
-def _cci(x: Tensor, *more: Tensor, backend: str) -> Tensor:
+def cci(x: Tensor, *more: Tensor, backend: str) -> Tensor:
+    """Of x, v if it is thin, eta and partner: a :class:`Problem`'s order."""
     *v, eta, partner = more
     return cin_fast.cci(x, partner, eta, *v, backend=backend)
 

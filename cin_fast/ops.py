@@ -256,108 +256,87 @@ _FAKES: dict[str, Callable[..., Any]] = {
 }
 
 
-def _reference_sci(x: Tensor, v: Tensor | None, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    y = reference.sci(x, x if v is None else v, scale)
-    row_max, row_sum = _row_statistics(x)
-    # Its backward starts again from x, so that it can itself be differentiated.
-    return y.contiguous(), row_max.zero_(), row_sum.zero_()
+def _in_python(
+    sci: Callable[..., Any],
+    sci_backward: Callable[..., Any],
+    cci: Callable[..., Any],
+    cci_backward: Callable[..., Any],
+) -> dict[str, Callable[..., Any]]:
+    """A backend's operators, of functions in plain PyTorch that take v or None.
+
+    Their gradients start again from x: nothing is left for them, and where v = x dv is None.
+    """
+
+    def no_statistics(x: Tensor) -> tuple[Tensor, ...]:
+        return tuple(t.zero_() for t in _row_statistics(x))
+
+    def run_sci(x: Tensor, v: Tensor | None, scale: float) -> tuple[Tensor, ...]:
+        return sci(x, v, scale).contiguous(), *no_statistics(x)
+
+    def run_cci(
+        x: Tensor, partner: Tensor, eta: Tensor, v: Tensor | None, scale: float
+    ) -> tuple[Tensor, ...]:
+        y, b = cci(x, partner, eta, v, scale)
+        return y.contiguous(), b.contiguous(), *no_statistics(x)
+
+    def run_sci_backward(
+        dy: Tensor, x: Tensor, v: Tensor | None, *unread: Any
+    ) -> tuple[Tensor, Tensor]:
+        dx, dv = sci_backward(dy, x, v, unread[-1])
+        return dx, x.new_empty(0) if dv is None else dv
+
+    def run_cci_backward(
+        dy: Tensor, x: Tensor, partner: Tensor, eta: Tensor, v: Tensor | None, *unread: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        dx, deta, dv = cci_backward(dy, x, partner, eta, v, unread[-1])
+        return dx, deta, x.new_empty(0) if dv is None else dv
+
+    return {
+        "sci": run_sci,
+        "sci_backward": run_sci_backward,
+        "cci": run_cci,
+        "cci_backward": run_cci_backward,
+    }
+
+
+def _reference_sci(x: Tensor, v: Tensor | None, scale: float) -> Tensor:
+    return reference.sci(x, x if v is None else v, scale)
+
+
+def _reference_sci_backward(
+    dy: Tensor, x: Tensor, v: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor | None]:
+    dx, dv = reference.sci_backward(dy, x, x if v is None else v, scale)
+    return (dx + dv, None) if v is None else (dx, dv)
 
 
 def _reference_cci(
     x: Tensor, partner: Tensor, eta: Tensor, v: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    y, b = reference.cci(x, partner, eta, x if v is None else v, scale)
-    row_max, row_sum = _row_statistics(x)
-    return y.contiguous(), b.contiguous(), row_max.zero_(), row_sum.zero_()
-
-
-def _reference_sci_backward(
-    dy: Tensor,
-    x: Tensor,
-    v: Tensor | None,
-    y: Tensor,
-    row_max: Tensor,
-    row_sum: Tensor,
-    scale: float,
 ) -> tuple[Tensor, Tensor]:
-    dx, dv = reference.sci_backward(dy, x, x if v is None else v, scale)
-    return (dx + dv, x.new_empty(0)) if v is None else (dx, dv)
+    return reference.cci(x, partner, eta, x if v is None else v, scale)
 
 
 def _reference_cci_backward(
-    dy: Tensor,
-    x: Tensor,
-    partner: Tensor,
-    eta: Tensor,
-    v: Tensor | None,
-    y: Tensor,
-    b: Tensor,
-    row_max: Tensor,
-    row_sum: Tensor,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+    dy: Tensor, x: Tensor, partner: Tensor, eta: Tensor, v: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor, Tensor | None]:
     dx, deta, dv = reference.cci_backward(dy, x, partner, eta, x if v is None else v, scale)
-    return (dx + dv, deta, x.new_empty(0)) if v is None else (dx, deta, dv)
+    return (dx + dv, deta, None) if v is None else (dx, deta, dv)
 
 
-def _matmul_sci(x: Tensor, v: Tensor | None, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    row_max, row_sum = _row_statistics(x)
-    # Its backward starts again from x.
-    return matmul.sci(x, v, scale), row_max.zero_(), row_sum.zero_()
+def _matmul_cci(*arguments: Any) -> tuple[Tensor, Tensor]:
+    y = matmul.cci(*arguments)
+    # No one reads its partner term.
+    return y, torch.zeros_like(y)
 
 
-def _matmul_cci(
-    x: Tensor, partner: Tensor, eta: Tensor, v: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    y = matmul.cci(x, partner, eta, v, scale)
-    row_max, row_sum = _row_statistics(x)
-    return y, torch.zeros_like(y), row_max.zero_(), row_sum.zero_()
-
-
-def _matmul_sci_backward(
-    dy: Tensor,
-    x: Tensor,
-    v: Tensor | None,
-    y: Tensor,
-    row_max: Tensor,
-    row_sum: Tensor,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    dx, dv = matmul.sci_backward(dy, x, v, scale)
-    return dx, x.new_empty(0) if dv is None else dv
-
-
-def _matmul_cci_backward(
-    dy: Tensor,
-    x: Tensor,
-    partner: Tensor,
-    eta: Tensor,
-    v: Tensor | None,
-    y: Tensor,
-    b: Tensor,
-    row_max: Tensor,
-    row_sum: Tensor,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    dx, deta, dv = matmul.cci_backward(dy, x, partner, eta, v, scale)
-    return dx, deta, x.new_empty(0) if dv is None else dv
-
-
-_REFERENCE: dict[str, Callable[..., Any]] = {
-    "sci": _reference_sci,
-    "sci_backward": _reference_sci_backward,
-    "cci": _reference_cci,
-    "cci_backward": _reference_cci_backward,
-    "tap_means": reference.tap_means,
-    "tap_means_backward": reference.tap_means_backward,
+_REFERENCE = _in_python(
+    _reference_sci, _reference_sci_backward, _reference_cci, _reference_cci_backward
+)
+_IN_PYTHON = {
+    "reference": _REFERENCE
+    | {"tap_means": reference.tap_means, "tap_means_backward": reference.tap_means_backward},
+    "matmul": _in_python(matmul.sci, matmul.sci_backward, _matmul_cci, matmul.cci_backward),
 }
-_MATMUL: dict[str, Callable[..., Any]] = {
-    "sci": _matmul_sci,
-    "sci_backward": _matmul_sci_backward,
-    "cci": _matmul_cci,
-    "cci_backward": _matmul_cci_backward,
-}
-_IN_PYTHON = {"reference": _REFERENCE, "matmul": _MATMUL}
 
 
 def _sci_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -381,7 +360,9 @@ def _tap_means_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> Non
 
 
 def _sci_gradient(backend: str) -> Any:
-    compute = _reference_sci_backward if backend == "reference" else _op(backend, "sci_backward")
+    # The definition's can itself be differentiated, which an operator's cannot.
+    own = backend == "reference"
+    compute = _REFERENCE["sci_backward"] if own else _op(backend, "sci_backward")
 
     def gradient(ctx: Any, dy: Tensor, *_: Any) -> tuple[Any, ...]:
         x, v, y, row_max, row_sum = ctx.saved_tensors
@@ -392,7 +373,8 @@ def _sci_gradient(backend: str) -> Any:
 
 
 def _cci_gradient(backend: str) -> Any:
-    compute = _reference_cci_backward if backend == "reference" else _op(backend, "cci_backward")
+    own = backend == "reference"
+    compute = _REFERENCE["cci_backward"] if own else _op(backend, "cci_backward")
 
     def gradient(ctx: Any, dy: Tensor, *_: Any) -> tuple[Any, ...]:
         x, partner, eta, v, y, b, row_max, row_sum = ctx.saved_tensors

@@ -63,14 +63,19 @@ def unchanged(mutations: Iterable[Mutation]) -> list[Mutation]:
 
 def build(mutation: Mutation, csrc: Path, library: Path, folder: Path) -> Path:
     """``library``: the emulation of ``csrc`` as it stands; the result lies in ``folder``."""
-    mutated = folder / "csrc"
-    shutil.copytree(csrc, mutated)
-    path = mutated / "cuda" / mutation.file
+    cuda = plant(csrc, folder, mutation.file, mutation.old, mutation.new)
+    keep_one_instance(cuda, mutation)
+    return rebuild(cuda / mutation.kernels, library, folder)
+
+
+def plant(csrc: Path, folder: Path, file: str, old: str, new: str) -> Path:
+    """The kernels of a copy in ``folder``, with ``old`` become ``new`` in one of their files."""
+    shutil.copytree(csrc, folder / "csrc")
+    path = folder / "csrc" / "cuda" / file
     text = path.read_text()
-    assert mutation.old in text
-    path.write_text(text.replace(mutation.old, mutation.new))
-    keep_one_instance(mutated / "cuda", mutation)
-    return rebuild(mutated / "cuda" / mutation.kernels, library, folder)
+    assert old in text
+    path.write_text(text.replace(old, new))
+    return path.parent
 
 
 def expect_seen(emulator: Emulator, mutation: Mutation) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from emulation import EmulationError, Emulator, rebuild, registered
+from mutations import plant
 from torch import Tensor
 
 from cin_fast import matmul
@@ -92,11 +92,7 @@ def test_planted_bug_is_seen(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     file, old, new, symptom = BUGS[bug]
-    shutil.copytree(repository / "csrc", tmp_path / "csrc")
-    cuda = tmp_path / "csrc" / "cuda"
-    text = (cuda / file).read_text()
-    assert old in text
-    (cuda / file).write_text(text.replace(old, new))
+    cuda = plant(repository / "csrc", tmp_path, file, old, new)
     passes, kernels = (cci_passes, CCI) if file == CCI else (sci_passes, SCI)
     library = rebuild(cuda / kernels, emulation_library, tmp_path)
     with (

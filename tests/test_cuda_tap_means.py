@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from emulation import EmulationError, Emulator, rebuild, registered
+from mutations import plant
 
 import cin_fast
 from cin_fast import dispatch
@@ -20,6 +20,7 @@ SHAPES = (
     *((1, 2, 28, 28), (1, 3, 30, 2), (0, 8, 3, 3), (2, 0, 3, 3)),
 )
 FORMATS = (torch.contiguous_format, torch.channels_last)
+KERNELS = "tap_means.cu"
 # Old and new code of the kernel, and what is then seen.
 BUGS = {
     "no barrier before the sums are added": ("  __syncthreads();\n", "", "race|never written"),
@@ -72,12 +73,8 @@ def test_planted_bug_is_seen(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     old, new, symptom = BUGS[bug]
-    shutil.copytree(repository / "csrc", tmp_path / "csrc")
-    source = tmp_path / "csrc" / "cuda" / "tap_means.cu"
-    text = source.read_text()
-    assert old in text
-    source.write_text(text.replace(old, new))
-    library = rebuild(source, emulation_library, tmp_path)
+    cuda = plant(repository / "csrc", tmp_path, KERNELS, old, new)
+    library = rebuild(cuda / KERNELS, emulation_library, tmp_path)
     with (
         registered(library, monkeypatch),
         pytest.raises((EmulationError, AssertionError), match=symptom),
