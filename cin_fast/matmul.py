@@ -36,8 +36,7 @@ def sci(x_BCL: Tensor, v_BCK: Tensor | None, scale: float) -> Tensor:
     x, v = _aligned(x_BCL, v_BCK)
     y_BCK = _like(x_BCL if v_BCK is None else v_BCK)
     for group in _groups(x, matrices=2):
-        p_NCC = _softmax(_product(x[group], x[group].mT), scale, v.dtype)
-        _multiply(p_NCC, v[group], out=y_BCK[group])
+        _sci(x[group], v[group], scale, out=y_BCK[group])
     return y_BCK
 
 
@@ -49,14 +48,10 @@ def sci_backward(
     (x, v), (dy, _) = _aligned(x_BCL, v_BCK), _aligned(dy_BCK)
     dx_BCL, dv_BCK = _like(x_BCL), None if v_BCK is None else _like(v_BCK)
     for group in _groups(x, matrices=3):
-        logits_NCC, dp_NCC = _product(x[group], x[group].mT), _product(dy[group], v[group].mT)
-        p_NCC, ds_NCC = _softmax_backward(logits_NCC, dp_NCC, scale, x.dtype)
-        dx_NCL = _through_logits(ds_NCC, x[group])
-        if dv_BCK is None:
-            _add_product(dx_NCL, p_NCC.mT, dy[group])
-        else:
-            _multiply(p_NCC.mT, dy[group], out=dv_BCK[group])
-        dx_BCL[group] = dx_NCL[..., : x_BCL.shape[2]]
+        dx, dv = _sci_backward(dy[group], x[group], v[group], scale, dv_BCK is None)
+        dx_BCL[group] = dx[..., : x_BCL.shape[2]]
+        if dv_BCK is not None and dv is not None:
+            dv_BCK[group] = dv[..., : dv_BCK.shape[2]]
     return dx_BCL, dv_BCK
 
 
@@ -68,9 +63,8 @@ def cci(
     x, v = _aligned(x_BCL, v_BCK)
     y_BCK = _like(x_BCL if v_BCK is None else v_BCK)
     for images, partner_N in _pairs(x, partner_B, matrices=2):
-        logits_NCC = _product(x[images], x[images].mT)
-        m_NCC = _interaction(logits_NCC, partner_N, eta_B[images], scale, v.dtype)
-        y_BCK[images] = torch.bmm(m_NCC, v[images])[..., : y_BCK.shape[2]]
+        y = _cci(x[images], partner_N, eta_B[images], v[images], scale)
+        y_BCK[images] = y[..., : y_BCK.shape[2]]
     return y_BCK
 
 
@@ -88,18 +82,64 @@ def cci_backward(
     dx_BCL, dv_BCK = _like(x_BCL), None if v_BCK is None else _like(v_BCK)
     deta_B = torch.empty_like(eta_B)
     for images, partner_N in _pairs(x, partner_B, matrices=4):
-        x_NCL, dy_NCK = x[images], dy[images]
-        logits_NCC, d_NCC = _product(x_NCL, x_NCL.mT), _product(dy_NCK, v[images].mT)
-        m_NCC, ds_NCC, deta_B[images] = _interaction_backward(
-            logits_NCC, d_NCC, partner_N, eta_B[images], scale, x.dtype
+        dx, deta_B[images], dv = _cci_backward(
+            dy[images], x[images], partner_N, eta_B[images], v[images], scale, dv_BCK is None
         )
-        dx_NCL = _through_logits(ds_NCC, x_NCL)
-        if dv_BCK is None:
-            _add_product(dx_NCL, m_NCC.mT, dy_NCK)
-        else:
-            dv_BCK[images] = torch.bmm(m_NCC.mT, dy_NCK)[..., : dv_BCK.shape[2]]
-        dx_BCL[images] = dx_NCL[..., : x_BCL.shape[2]].to(x.dtype)
+        dx_BCL[images] = dx[..., : x_BCL.shape[2]].to(x.dtype)
+        if dv_BCK is not None and dv is not None:
+            dv_BCK[images] = dv[..., : dv_BCK.shape[2]]
     return dx_BCL, deta_B, dv_BCK
+
+
+# A group's matrices live as long as one of these four, so that no two groups' are there at once.
+
+
+def _sci(x_NCL: Tensor, v_NCK: Tensor, scale: float, *, out: Tensor) -> None:
+    p_NCC = _softmax(_product(x_NCL, x_NCL.mT), scale, v_NCK.dtype)
+    if v_NCK.shape == out.shape:
+        torch.bmm(p_NCC, v_NCK, out=out)
+    else:
+        out.copy_(torch.bmm(p_NCC, v_NCK)[..., : out.shape[2]])
+
+
+def _sci_backward(
+    dy_NCK: Tensor, x_NCL: Tensor, v_NCK: Tensor, scale: float, is_tied: bool
+) -> tuple[Tensor, Tensor | None]:
+    logits_NCC, dp_NCC = _product(x_NCL, x_NCL.mT), _product(dy_NCK, v_NCK.mT)
+    p_NCC, ds_NCC = _softmax_backward(logits_NCC, dp_NCC, scale, x_NCL.dtype)
+    return _multiply_backward(dy_NCK, x_NCL, p_NCC, ds_NCC, is_tied)
+
+
+def _cci(x_NCL: Tensor, partner_N: Tensor, eta_N: Tensor, v_NCK: Tensor, scale: float) -> Tensor:
+    logits_NCC = _product(x_NCL, x_NCL.mT)
+    return torch.bmm(_interaction(logits_NCC, partner_N, eta_N, scale, v_NCK.dtype), v_NCK)
+
+
+def _cci_backward(
+    dy_NCK: Tensor,
+    x_NCL: Tensor,
+    partner_N: Tensor,
+    eta_N: Tensor,
+    v_NCK: Tensor,
+    scale: float,
+    is_tied: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    logits_NCC, d_NCC = _product(x_NCL, x_NCL.mT), _product(dy_NCK, v_NCK.mT)
+    m_NCC, ds_NCC, deta_N = _interaction_backward(
+        logits_NCC, d_NCC, partner_N, eta_N, scale, x_NCL.dtype
+    )
+    dx_NCL, dv_NCK = _multiply_backward(dy_NCK, x_NCL, m_NCC, ds_NCC, is_tied)
+    return dx_NCL, deta_N, dv_NCK
+
+
+def _multiply_backward(
+    dy_NCK: Tensor, x_NCL: Tensor, weights_NCC: Tensor, ds_NCC: Tensor, is_tied: bool
+) -> tuple[Tensor, Tensor | None]:
+    """dx, float32 at least, of logits x x^T, and dv of weights v: where v = x a part of dx."""
+    dx_NCL = _add_product(_product(ds_NCC, x_NCL), ds_NCC.mT, x_NCL)
+    if is_tied:
+        return _add_product(dx_NCL, weights_NCC.mT, dy_NCK), None
+    return dx_NCL, torch.bmm(weights_NCC.mT, dy_NCK)
 
 
 def _aligned(x_BCL: Tensor, v_BCK: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -160,19 +200,6 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """The same, added to ``total`` in place."""
     return total.baddbmm_(a, b) if a.dtype == total.dtype else total.add_(_product(a, b))
-
-
-def _multiply(weights_NCC: Tensor, v_NCK: Tensor, *, out: Tensor) -> None:
-    """``weights v`` without the columns that v was padded by."""
-    if v_NCK.shape == out.shape:
-        torch.bmm(weights_NCC, v_NCK, out=out)
-    else:
-        out.copy_(torch.bmm(weights_NCC, v_NCK)[..., : out.shape[2]])
-
-
-def _through_logits(ds_NCC: Tensor, x_NCL: Tensor) -> Tensor:
-    """dx of the logits x x^T: (dS + dS^T) x, float32 at least."""
-    return _add_product(_product(ds_NCC, x_NCL), ds_NCC.mT, x_NCL)
 
 
 def _softmax(logits_NCC: Tensor, scale: float, dtype: torch.dtype) -> Tensor:

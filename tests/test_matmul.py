@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 
@@ -87,6 +89,27 @@ def test_no_more_matrices_than_the_workspace_holds(monkeypatch: pytest.MonkeyPat
     made.clear()
     cin_fast.cci(x, *make_pairs(8), backend="matmul").sum().backward()
     assert set(made) == {2}
+
+
+def test_no_two_groups_matrices_are_there_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Alive whenever another is made: logits and their gradient, of as many images as there may
+    be, and maps of theirs."""
+    made: list[weakref.ref[torch.Tensor]] = []
+    alive = []
+    product = matmul._product
+
+    def watched(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        result = product(a, b)
+        made.append(weakref.ref(result))
+        alive.append(sum(t.numel() for one in made if (t := one()) is not None))
+        return result
+
+    monkeypatch.setattr(matmul, "WORKSPACE", 8 * 4 * 17**2)
+    monkeypatch.setattr(matmul, "_product", watched)
+    x = make_input("relu", (8, 17, 5)).requires_grad_()
+    cin_fast.sci(x, backend="matmul").sum().backward()
+    cin_fast.cci(x, *make_pairs(8), backend="matmul").sum().backward()
+    assert max(alive) <= 2 * 2 * 17**2 + 3 * 2 * 17 * 5
 
 
 @pytest.mark.parametrize(
