@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -34,7 +34,7 @@ def parameters(model: nn.Module) -> int:
 def model_flops(model: nn.Module, image_size: int, device: torch.device) -> int:
     """Floating-point operations of one image's inference: two for a multiply-add."""
     image = torch.zeros(1, 3, image_size, image_size, device=device)
-    ours: dict[Any, Any] = {_operator(backend): _count_sci for backend in BACKENDS}
+    ours: dict[Any, Any] = dict.fromkeys(_sci_operators(), _count_sci)
     ours[thin.OPERATOR] = _count_thin_linear
     # The counter knows the products that attention is made of, not every fused form of it.
     with (
@@ -81,8 +81,11 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _operator(backend: str) -> Any:
-    return getattr(torch.ops.cin_fast, f"{backend}_sci")
+def _sci_operators() -> Iterator[Any]:
+    for backend in BACKENDS:
+        for stem in ("sci", "sci_values"):
+            if hasattr(torch.ops.cin_fast, f"{backend}_{stem}"):
+                yield getattr(torch.ops.cin_fast, f"{backend}_{stem}")
 
 
 def _count_sci(x: _Shape, v: _Shape | None, *_: Any, **__: Any) -> int:

@@ -91,17 +91,28 @@ def _metadata(trained: Trained) -> dict[str, str]:
 
 def _definitions() -> dict[Any, Callable[..., Any]]:
     ours = torch.ops.cin_fast
-    table = {getattr(ours, f"{name}_sci").default: _sci for name in BACKENDS}
+    table: dict[Any, Callable[..., Any]] = {
+        getattr(ours, f"{name}_sci").default: _sci for name in BACKENDS
+    }
+    table |= {
+        getattr(ours, f"{name}_sci_values").default: _sci_values
+        for name in BACKENDS
+        if hasattr(ours, f"{name}_sci_values")
+    }
     table |= {
         getattr(ours, f"{name}_tap_means").default: reference.tap_means for name in TAP_BACKENDS
     }
     return table | {thin.OPERATOR.default: torch.nn.functional.linear}
 
 
-def _sci(x: Tensor, v: Tensor | None, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+def _sci_values(x: Tensor, v: Tensor | None, scale: float) -> Tensor:
+    return reference.sci(x, x if v is None else v, scale)
+
+
+def _sci(x: Tensor, v: Tensor | None, scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     # What its backward pass would need is not there in inference.
     rows = x.new_zeros(x.shape[:2])
-    return reference.sci(x, x if v is None else v, scale), rows, rows
+    return _sci_values(x, v, scale), rows, rows, x.new_zeros(0)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -2,13 +2,14 @@
 
 Shapes: B images, C channels, L positions, K columns of ``v``. ``v = None`` means ``v = x``.
 Backends only compute: each implements ``schemas.OPERATORS`` under its own prefix, and the
-autograd formula and fakes here serve them all. ``row_max`` and ``row_sum`` are what a backend's
-forward leaves for its own backward: no other code reads them.
+autograd formula and fakes here serve them all. ``row_max``, ``row_sum`` and ``y_rest`` are what a
+backend's forward leaves for its own backward: no other code reads them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,7 +27,9 @@ from cin_fast.arguments import (
 )
 
 TAP_BACKENDS = ("reference", "cpu", "cuda")
-VALUE_BACKENDS = ("cpu",)
+
+# Backends whose sci keeps what rounding to 16 bits took off y, for delta = dY . Y.
+_REST_BACKENDS = ("cpu", "cuda")
 
 
 def sci(
@@ -61,7 +64,11 @@ def sci(
         _require_definition(backend)
         y_BCK = reference.sci(x_BCL, x_BCL if v_BCK is None else v_BCK, scale)
     else:
-        y_BCK = _op(pick_backend(x, backend), "sci")(x_BCL, v_BCK, scale)[0]
+        name = pick_backend(x, backend)
+        if _has_values(name, "sci", x, v):
+            y_BCK = _op(name, "sci_values")(x_BCL, v_BCK, scale)
+        else:
+            y_BCK = _op(name, "sci")(x_BCL, v_BCK, scale)[0]
     return y_BCK.reshape((x if v is None else v).shape)
 
 
@@ -106,7 +113,7 @@ def cci(
         y_BCK = reference.cci(x_BCL, partner, eta, x_BCL if v_BCK is None else v_BCK, scale)[0]
     else:
         name = pick_backend(x, backend)
-        if name in VALUE_BACKENDS and not _needs_gradient(x, eta, v):
+        if _has_values(name, "cci", x, eta, v):
             y_BCK = _op(name, "cci_values")(x_BCL, partner, eta, v_BCK, scale)
         else:
             y_BCK = _op(name, "cci")(x_BCL, partner, eta, v_BCK, scale)[0]
@@ -161,8 +168,12 @@ def empty_cache() -> int:
     return 0 if dispatch.unavailable("cpu") else torch.ops.cin_fast.cpu_release_kept()
 
 
-def _needs_gradient(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+def _has_values(backend: str, stem: str, *tensors: Tensor | None) -> bool:
+    """Whether there is an operator for values alone, and they are all that is asked for."""
+    if f"{stem}_values" not in schemas.COMPILED.get(backend, {}):
+        return False
+    needed = any(t is not None and t.requires_grad for t in tensors)
+    return not (needed and torch.is_grad_enabled())
 
 
 def _op(backend: str, stem: str) -> Any:
@@ -194,8 +205,16 @@ def _value_gradient(x: Tensor, v: Tensor | None) -> Tensor:
     return x.new_empty((0,) if v is None else v.shape)
 
 
-def _sci_fake(x: Tensor, v: Tensor | None, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    return _like_values(x, v), *_row_statistics(x)
+def _sci_fake(
+    x: Tensor, v: Tensor | None, scale: float, *, keeps_rest: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    has_rest = keeps_rest and x.dtype in (torch.bfloat16, torch.float16)
+    rest = _like_values(x, v) if has_rest else x.new_empty(0)
+    return _like_values(x, v), *_row_statistics(x), rest
+
+
+def _sci_values_fake(x: Tensor, v: Tensor | None, scale: float) -> Tensor:
+    return _like_values(x, v)
 
 
 def _sci_backward_fake(
@@ -205,6 +224,7 @@ def _sci_backward_fake(
     y: Tensor,
     row_max: Tensor,
     row_sum: Tensor,
+    y_rest: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), _value_gradient(x, v)
@@ -246,7 +266,8 @@ def _tap_means_backward_fake(dv: Tensor, height: int, width: int) -> Tensor:
 
 
 _FAKES: dict[str, Callable[..., Any]] = {
-    "sci": _sci_fake,
+    "sci": partial(_sci_fake, keeps_rest=False),
+    "sci_values": _sci_values_fake,
     "sci_backward": _sci_backward_fake,
     "cci": _cci_fake,
     "cci_values": _cci_values_fake,
@@ -271,7 +292,7 @@ def _in_python(
         return tuple(t.zero_() for t in _row_statistics(x))
 
     def run_sci(x: Tensor, v: Tensor | None, scale: float) -> tuple[Tensor, ...]:
-        return sci(x, v, scale).contiguous(), *no_statistics(x)
+        return sci(x, v, scale).contiguous(), *no_statistics(x), x.new_empty(0)
 
     def run_cci(
         x: Tensor, partner: Tensor, eta: Tensor, v: Tensor | None, scale: float
@@ -341,9 +362,9 @@ _IN_PYTHON = {
 
 def _sci_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, v, scale = inputs
-    y, row_max, row_sum = output
-    ctx.mark_non_differentiable(row_max, row_sum)
-    ctx.save_for_backward(x, v, y, row_max, row_sum)
+    y, *kept = output
+    ctx.mark_non_differentiable(*kept)
+    ctx.save_for_backward(x, v, y, *kept)
     ctx.scale = scale
 
 
@@ -365,8 +386,8 @@ def _sci_gradient(backend: str) -> Any:
     compute = _REFERENCE["sci_backward"] if own else _op(backend, "sci_backward")
 
     def gradient(ctx: Any, dy: Tensor, *_: Any) -> tuple[Any, ...]:
-        x, v, y, row_max, row_sum = ctx.saved_tensors
-        dx, dv = compute(dy, x, v, y, row_max, row_sum, ctx.scale)
+        x, v, *kept = ctx.saved_tensors
+        dx, dv = compute(dy, x, v, *kept, ctx.scale)
         return dx, None if v is None else dv, None
 
     return gradient
@@ -407,10 +428,13 @@ def refuse_double_backward(ctx: Any, *_: Any) -> Any:
 
 
 def _define(backend: str, operators: dict[str, str]) -> None:
+    fakes = dict(_FAKES)
+    if backend in _REST_BACKENDS:
+        fakes["sci"] = partial(_sci_fake, keeps_rest=True)
     for stem, schema in operators.items():
         name = f"cin_fast::{backend}_{stem}"
         torch.library.define(name, schema, tags=(torch.Tag.pt2_compliant_tag,))
-        torch.library.register_fake(name, _FAKES[stem])
+        torch.library.register_fake(name, fakes[stem])
         if backend in _IN_PYTHON:
             torch.library.impl(name, "CompositeExplicitAutograd", _IN_PYTHON[backend][stem])
 
@@ -427,8 +451,8 @@ for _name in dispatch.BACKENDS:
         torch.library.register_autograd(
             f"cin_fast::{_name}_{_stem}_backward", refuse_double_backward
         )
-for _name in VALUE_BACKENDS:
-    _define(_name, schemas.VALUES)
+    _compiled = schemas.COMPILED.get(_name, {})
+    _define(_name, {s: schema for s, schema in schemas.VALUES.items() if s in _compiled})
 for _name in TAP_BACKENDS:
     _define(_name, schemas.TAP_MEANS)
     torch.library.register_autograd(

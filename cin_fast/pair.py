@@ -92,7 +92,7 @@ def _forward(
     mean: int,
     scale: float,
 ) -> tuple[Tensor, ...]:
-    y, row_max, row_sum = torch.ops.cin_fast.cpu_sci(x, v, scale)
+    y, row_max, row_sum, _ = torch.ops.cin_fast.cpu_sci(x, v, scale)
     eta = reference.eta(y[..., mean], partner, psi_weight, psi_bias)
     y_pair, b = torch.ops.cin_fast.cpu_cci_after_sci(x, partner, eta, v, row_max, row_sum, scale)
     return y, y_pair, eta, b, row_max, row_sum

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 # Of every backend.
 OPERATORS = {
-    "sci": "(Tensor x, Tensor? v, float scale) -> (Tensor, Tensor, Tensor)",
+    # y, row_max, row_sum, y_rest.
+    "sci": "(Tensor x, Tensor? v, float scale) -> (Tensor, Tensor, Tensor, Tensor)",
     "sci_backward": (
-        "(Tensor dy, Tensor x, Tensor? v, Tensor y, Tensor row_max, Tensor row_sum, float scale)"
-        " -> (Tensor, Tensor)"
+        "(Tensor dy, Tensor x, Tensor? v, Tensor y, Tensor row_max, Tensor row_sum, Tensor y_rest,"
+        " float scale) -> (Tensor, Tensor)"
     ),
     "cci": (
         "(Tensor x, Tensor partner, Tensor eta, Tensor? v, float scale)"
@@ -22,8 +23,11 @@ OPERATORS = {
         " Tensor row_max, Tensor row_sum, float scale) -> (Tensor, Tensor, Tensor)"
     ),
 }
-# cci where nobody asks for a gradient: what its backward pass would need is not computed.
-VALUES = {"cci_values": "(Tensor x, Tensor partner, Tensor eta, Tensor? v, float scale) -> Tensor"}
+# y alone, where nobody asks for a gradient: what the backward pass would need is not computed.
+VALUES = {
+    "sci_values": "(Tensor x, Tensor? v, float scale) -> Tensor",
+    "cci_values": "(Tensor x, Tensor partner, Tensor eta, Tensor? v, float scale) -> Tensor",
+}
 TAP_MEANS = {
     "tap_means": "(Tensor x) -> Tensor",
     "tap_means_backward": "(Tensor dv, SymInt height, SymInt width) -> Tensor",
@@ -79,5 +83,5 @@ KEPT_MEMORY = {"release_kept": "() -> int"}
 # Backend of a compiled extension -> what it holds.
 COMPILED = {
     "cpu": OPERATORS | VALUES | TAP_MEANS | PAIR_SWEEPS | THIN_LINEAR | KEPT_MEMORY,
-    "cuda": OPERATORS | TAP_MEANS | MATRIX_ROWS,
+    "cuda": OPERATORS | {"sci_values": VALUES["sci_values"]} | TAP_MEANS | MATRIX_ROWS,
 }

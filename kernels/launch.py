@@ -26,12 +26,12 @@ KERNELS: dict[str, Any] = {
 }
 
 
-def sci(x: Tensor, v: Tensor | None, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    """y, and each row's peak and the sum beside it."""
+def sci(x: Tensor, v: Tensor | None, scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y, each row's peak and the sum beside it, and nothing for what y's rounding took off."""
     y = _dense_like(x if v is None else v)
     row_max, row_sum = _rows(x), _rows(x)
     _run("sci", x, v, y=y, row_max=row_max, row_sum=row_sum, scale=scale)
-    return y, row_max, row_sum
+    return y, row_max, row_sum, x.new_empty(0)
 
 
 def sci_backward(
@@ -41,6 +41,7 @@ def sci_backward(
     y: Tensor,
     row_max: Tensor,
     row_sum: Tensor,
+    y_rest: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """dx and dv; with v None, dv is part of dx and empty itself."""

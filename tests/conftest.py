@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import importlib
 import os
 import platform
 import random
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -19,6 +21,8 @@ import numpy as np
 import pytest
 import torch
 
+from cin_fast import schemas
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 # Files that take minutes start first: at the end, a process would be left alone with one of them.
 _LONG = ("test_triton_", "test_cuda_", "test_bench", "test_gpu_script")
@@ -28,6 +32,11 @@ def pytest_configure(config: pytest.Config) -> None:
     # Processes that share the tests share the cores, too.
     usual = "1" if "PYTEST_XDIST_WORKER" in os.environ else "2"
     torch.set_num_threads(int(os.environ.get("CIN_FAST_TEST_THREADS", usual)))
+    # torch.compile keeps graphs on disk, and takes one for an operator of the same name and another
+    # schema.
+    digest = hashlib.sha256(repr([schemas.COMPILED, schemas.PAIR]).encode()).hexdigest()[:12]
+    kept = Path(tempfile.gettempdir()) / f"cin_fast_{os.getuid()}_{digest}"
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(kept))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -144,13 +144,25 @@ class Emulator:
             library.impl(f"cuda_{name}", getattr(self, name), "CPU")
         return library
 
-    def sci(self, x: Tensor, v: Tensor | None, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    def sci(
+        self, x: Tensor, v: Tensor | None, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self._sci(x, v, scale, keeps_rest=x.dtype != torch.float32)
+
+    def sci_values(self, x: Tensor, v: Tensor | None, scale: float) -> Tensor:
+        return self._sci(x, v, scale, keeps_rest=False)[0]
+
+    def _sci(
+        self, x: Tensor, v: Tensor | None, scale: float, *, keeps_rest: bool
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         arguments = _Arguments(self, x, v, scale)
-        y = arguments.output((x if v is None else v).shape, x.dtype)
+        shape = (x if v is None else v).shape
+        y = arguments.output(shape, x.dtype)
+        rest = arguments.output(shape, x.dtype) if keeps_rest else None
         row_max = arguments.output(x.shape[:2], torch.float32)
         row_sum = arguments.output(x.shape[:2], torch.float32)
-        arguments.call("emulated_sci_forward", [x, v], [y, row_max, row_sum])
-        return y, row_max, row_sum
+        arguments.call("emulated_sci_forward", [x, v], [y, rest, row_max, row_sum])
+        return y, row_max, row_sum, x.new_empty(0) if rest is None else rest
 
     def sci_backward(
         self,
@@ -160,12 +172,14 @@ class Emulator:
         y: Tensor,
         row_max: Tensor,
         row_sum: Tensor,
+        y_rest: Tensor,
         scale: float,
     ) -> tuple[Tensor, Tensor]:
         arguments = _Arguments(self, x, v, scale)
         dx = arguments.output(x.shape, x.dtype)
         dv = None if v is None else arguments.output(v.shape, v.dtype)
-        arguments.call("emulated_sci_backward", [dy, x, v, row_max, row_sum], [dx, dv])
+        inputs = [dy, x, v, y, y_rest, row_max, row_sum]
+        arguments.call("emulated_sci_backward", inputs, [dx, dv])
         return dx, x.new_empty(0) if dv is None else dv
 
     def cci(

@@ -43,6 +43,8 @@ class Mutation:
     images: int = 2
     channels: int = 70
     positions: int = 72
+    kind: str = "diffuse"
+    scale: float = -1.0
 
     def __str__(self) -> str:
         return self.name
@@ -52,7 +54,7 @@ class Mutation:
         """What is compiled and run, in words."""
         halves = " by halves" if self.multiprocessors > 1 else ""
         shape = f"{self.images}x{self.channels}x{self.positions}"
-        return f"{self.kernels}{' thin' if self.is_thin else ''}{halves} {shape}"
+        return f"{self.kernels}{' thin' if self.is_thin else ''}{halves} {shape} {self.kind}"
 
 
 def unchanged(mutations: Iterable[Mutation]) -> list[Mutation]:
@@ -89,14 +91,14 @@ def run(emulator: Emulator, mutation: Mutation) -> None:
     if mutation.shared_limit is not None:
         emulator.shared_limit = mutation.shared_limit
     shape = (mutation.images, mutation.channels, mutation.positions)
-    x = make_input("diffuse", shape, torch.bfloat16)
+    x = make_input(mutation.kind, shape, torch.bfloat16)
     thin = make_input("randn", (*shape[:2], 9), torch.bfloat16, seed=2)
     v = thin if mutation.is_thin else None
     dy = make_input("randn", (x if v is None else v).shape, torch.bfloat16, seed=1)
     if mutation.kernels.startswith("cci"):
-        check_cci("cuda", x, *make_pairs(len(x)), v, dy)
+        check_cci("cuda", x, *make_pairs(len(x)), v, dy, mutation.scale)
     else:
-        check_sci("cuda", x, v, dy)
+        check_sci("cuda", x, v, dy, mutation.scale)
     assert emulator.conflicts == 0, f"{emulator.conflicts} bank conflicts"
 
 

@@ -19,10 +19,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import cin_fast
+from cin_fast import dispatch
 from cin_fast.testing import (
     INPUT_KINDS,
     KERNEL_DTYPES,
     SHAPES,
+    Standard,
     Truth,
     assert_exact_as_torch,
     check_cci,
@@ -109,6 +111,27 @@ def test_the_rule(isa: str, kind: str, dtype: torch.dtype, k: int | None) -> Non
 @pytest.mark.parametrize("k", [None, 9])
 def test_the_rule_for_other_scales(isa: str, scale: float, k: int | None) -> None:
     check_both(cases(((3, 64, 49), (2, 200, 33)), k, "relu", torch.float32, scale))
+
+
+@pytest.mark.parametrize(("isa", "dtype"), ISA_DTYPES, indirect=["isa"], ids=str)
+@pytest.mark.parametrize("k", [None, 9])
+def test_rows_with_nearly_one_weight(isa: str, dtype: torch.dtype, k: int | None) -> None:
+    """dP - delta is a small difference of large numbers."""
+    x, v, dy, _, _ = draws((1, 190, 32), k, "randn", dtype)
+    check_sci("cpu", x * 1.5, v, dy, scale=1.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_what_rounding_took_off_y_is_needed(dtype: torch.dtype) -> None:
+    x, v, dy, _, _ = draws((1, 190, 32), 9, "randn", dtype)
+    truth = find_truth(evaluate_sci, x, v, dy, scale=1.0)
+    assert not dispatch.unavailable("cpu")
+    y, *rows, rest = torch.ops.cin_fast.cpu_sci(x, v, 1.0)
+    assert torch.equal((y.float() + rest).to(dtype), y)
+    for kept, is_right in ((rest, True), (torch.zeros_like(rest), False)):
+        dx, _ = torch.ops.cin_fast.cpu_sci_backward(dy, x, v, y, *rows, kept, 1.0)
+        problem = Standard(truth.exact["dx"], [(truth.plain["dx"], truth.exact["dx"])]).problem(dx)
+        assert (not problem) == is_right, problem
 
 
 @pytest.mark.slow
@@ -341,10 +364,13 @@ def test_opcheck() -> None:
     eta.requires_grad_()
     for values in (None, v):
         torch.library.opcheck(torch.ops.cin_fast.cpu_sci, (x, values, -1.0))
+        halves = [t if t is None else t.detach().bfloat16() for t in (x, values)]
+        torch.library.opcheck(torch.ops.cin_fast.cpu_sci, (*halves, -1.0))
         torch.library.opcheck(torch.ops.cin_fast.cpu_cci, (x, partner, eta, values, -1.0))
         with torch.no_grad():
             alone = (x.detach(), partner, eta.detach(), values, -1.0)
             torch.library.opcheck(torch.ops.cin_fast.cpu_cci_values, alone)
+            torch.library.opcheck(torch.ops.cin_fast.cpu_sci_values, (x.detach(), values, -1.0))
 
 
 def test_compiles_as_one_graph() -> None:

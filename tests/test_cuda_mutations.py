@@ -48,6 +48,25 @@ MUTATIONS = (
         "mirror image unmasked", "sci.cuh", "p_mirrored * minus_delta", "p * minus_delta", "error"
     ),
     Mutation(
+        "rest left out of the terms",
+        "sci.cu",
+        "  stream.product(product, dy, row, p.y_rest.image(image), row);\n",
+        "",
+        "error",
+        positions=32,
+        channels=190,
+        kind="randn",
+        scale=1.0,
+        is_thin=True,
+    ),
+    Mutation(
+        "terms of other rows",
+        "sci.cu",
+        "dy, row, p.y.image(image), row);",
+        "dy, row, p.y.image(image), 0);",
+        "error",
+    ),
+    Mutation(
         "exchange overwritten",
         "cci_backward.cu",
         "// All have taken the weights; now dM.\n    __syncthreads();",

@@ -44,10 +44,28 @@ def of_half_blocks(
     return replace(mutation, is_thin=is_thin, multiprocessors=132)
 
 
-def of_panels(name: str, old: str, new: str, symptom: str, positions: int = 72) -> Mutation:
+def of_panels(
+    name: str, old: str, new: str, symptom: str, positions: int = 72, file: str = "panels.cu"
+) -> Mutation:
     """Where an operand is laid out anew: as whole pieces of 8 bytes, or number by number."""
-    mutation = of_warp_groups(name, "panels.cu", old, new, symptom, channels=70)
+    mutation = of_warp_groups(name, file, old, new, symptom, channels=70)
     return replace(mutation, kernels="panels.cu", positions=positions)
+
+
+def of_terms(
+    name: str,
+    file: str,
+    old: str,
+    new: str,
+    symptom: str,
+    positions: int = 32,
+    is_thin: bool = False,
+) -> Mutation:
+    """Where rows' terms are made of the result: rows of nearly one weight, in a last block none."""
+    mutation = of_warp_groups(name, file, old, new, symptom, channels=190)
+    return replace(
+        mutation, images=2, positions=positions, kind="randn", scale=1.0, is_thin=is_thin
+    )
 
 
 # Behind a tile's weights: the products of the tile before.
@@ -428,19 +446,103 @@ MUTATIONS = (
         "box_rows / kGroupRows, box_panels",
         "outside the shared arrays",
     ),
-    of_panels("panels' swizzle", "row / 4 % 2", "row / 2 % 2", "error"),
-    of_panels("panels not swizzled", "row / 4 % 2 * 16", "0", "error"),
+    of_panels("panels' swizzle", "row / 4 % 2", "row / 2 % 2", "error", file="panels.cuh"),
+    of_panels("panels not swizzled", "row / 4 % 2 * 16", "0", "error", file="panels.cuh"),
     of_panels(
         "rows beyond the tensor left out", "row >= round_up(rows, to.turn)", "row >= rows", "error"
     ),
     of_panels("one tensor twice", "sources.of[blockIdx.y]", "sources.of[0]", "error"),
     of_panels("both in one place", "blockIdx.y * to.turn + ", "", "race"),
+    of_terms(
+        "rest of the result not taken",
+        "sci.cuh",
+        "result - widen(narrow<T>(result))",
+        "result",
+        "error",
+    ),
+    of_terms(
+        "rest undivided",
+        "sci.cuh",
+        "Products::over(acc[m][e], divisors[e / 2]);",
+        "acc[m][e];",
+        "error",
+    ),
+    of_terms(
+        "rest left out of the terms",
+        "sci_wgmma.cu",
+        "  start_nt(product, dy.rows_from(0), rest, 0, true);\n",
+        "",
+        "error",
+        is_thin=True,
+    ),
+    of_terms(
+        "rest in the result's place", "sci_wgmma.cu", "rest, 0, true);", "rest, 0, false);", "error"
+    ),
+    of_terms(
+        "result hidden from wgmma",
+        "sci_wgmma.cu",
+        "  ptx::fence_proxy_async();\n",
+        "",
+        "no fence.proxy.async",
+    ),
+    of_terms(
+        "result multiplied before all have stored it",
+        "sci_wgmma.cu",
+        "  ptx::fence_proxy_async();\n  __syncthreads();\n",
+        "  ptx::fence_proxy_async();\n",
+        "race|never written|no barrier",
+    ),
+    of_terms(
+        "rows of dY unawaited",
+        "sci_wgmma.cu",
+        "  ptx::mbarrier_wait(ring.rows_full, 0);\n  float product",
+        "  float product",
+        "in flight|never written|has not waited",
+    ),
+    of_terms(
+        "terms not waited for",
+        "sci_wgmma.cu",
+        "wait<0>();\n  take_diagonal",
+        "wait<1>();\n  take_diagonal",
+        "in flight",
+    ),
+    of_terms("beside the diagonal", "sci.cuh", "i % 2 == row)", "i % 2 == row + 1)", "error"),
+    of_terms(
+        "result of the rows before",
+        "sci_wgmma.cu",
+        "(exists ? (row + r) * from.pitch + column : 0)",
+        "(exists ? r * from.pitch + column : 0)",
+        "error",
+    ),
+    of_terms(
+        "result's rows beyond the tensor",
+        "sci_wgmma.cu",
+        "const bool exists = row + r < from.rows;",
+        "const bool exists = true;",
+        "global buffer",
+    ),
+    of_terms(
+        "result's columns beyond the tensor",
+        "sci_wgmma.cu",
+        "from.columns - column - first)",
+        "kPiece)",
+        "error|global buffer",
+    ),
+    of_terms(
+        "pieces read where they do not start",
+        "sci_wgmma.cu",
+        "p.columns % kPiece == 0 &&",
+        "",
+        "error|global buffer|aligned",
+        positions=33,
+    ),
     of_panels("rows beyond the tensor loaded", "row < rows ?", "true ?", "global buffer"),
     of_panels(
         "columns beyond the tensor loaded",
         "return columns > 0 ?",
         "return true ?",
         "error|global buffer",
+        file="panels.cuh",
     ),
     of_panels(
         "columns beyond the tensor loaded one by one",
@@ -448,9 +550,15 @@ MUTATIONS = (
         "if (0 < columns)",
         "error|global buffer",
         positions=73,
+        file="panels.cuh",
     ),
     of_panels(
-        "numbers of a piece confused", "<< 16 * i", "<< (48 - 16 * i)", "error", positions=73
+        "numbers of a piece confused",
+        "<< 16 * i",
+        "<< (48 - 16 * i)",
+        "error",
+        positions=73,
+        file="panels.cuh",
     ),
     of_panels("panels beyond the operand's", "panel < to.panels", "true", "global buffer|race"),
     of_panels("turns next to each other", "to.turn * to.step", "to.turn * to.turn", "race"),

@@ -249,10 +249,10 @@ class PairsBackward : Pairs {
     const int64_t row = blocks_.first(block), rows = blocks_.rows(block);
     const int64_t target = job.index[side] * blocks_.channels + row;
     isa_.results(sums.acc + row * depth_width_, depth_width_, rows, shape_.depth, nullptr,
-                 isa_.at(data_.dx, target * shape_.depth));
+                 isa_.at(data_.dx, target * shape_.depth), nullptr);
     if (data_.dv)
       isa_.results(sums.acc2 + row * width_, width_, rows, shape_.cols, nullptr,
-                   isa_.at(data_.dv, target * shape_.cols));
+                   isa_.at(data_.dv, target * shape_.cols), nullptr);
   }
 
   void finish_eta(const Job& job, int64_t side) {

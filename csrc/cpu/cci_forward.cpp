@@ -135,7 +135,7 @@ class PairsForward : Pairs {
     const int64_t row = blocks_.first(block), rows = blocks_.rows(block);
     const int64_t target = job.index[side] * blocks_.channels + row, cols = shape_.cols;
     isa_.results(sums.acc + row * width_, width_, rows, cols, nullptr,
-                 isa_.at(data_.y, target * cols));
+                 isa_.at(data_.y, target * cols), nullptr);
     if (!data_.b) return;
     for (int64_t r = 0; r < rows; r++)
       std::copy_n(sums.acc2 + (row + r) * width_, cols, data_.b + (target + r) * cols);

@@ -89,21 +89,23 @@ struct Kernels {
   // The same by columns, for the mirrored tile: q = exp(s - col_max), a left side transposed.
   void (*mirrored_exponentials)(const float* s, int64_t rows, int64_t cols, int64_t ld,
                                 const float* col_max, float* q, float* col_sum);
-  // y = acc / sum, row by row (acc itself where sum is null), as elements.
+  // y = acc / sum, row by row (acc itself where sum is null), as elements. rest (unless null)
+  // becomes what rounding to an element took off.
   void (*results)(const float* acc, int64_t ld, int64_t rows, int64_t cols, const float* sum,
-                  void* y);
+                  void* y, void* rest);
   // The largest logit of each row of x_columns, found again from where it stands: the products are
   // added in gram's order, so that it is gram's number, bit for bit. argmax counts rows of x.
   void (*max_logits)(const float* x_columns, const void* x, const float* argmax, int64_t rows,
                      int64_t depth, float scale, float* row_max);
-  // dY . r, of r = y + eta b (b may be null), in two parts: of use times row argmax of v, bit for
-  // bit as gram makes it, and of the rest. dY = dy_columns, y and b are the block's rows, v the
-  // image's. Where a weight is nearly 1, v's row is nearly r: use is 1 (or the weight's sign) where
-  // one is above 1/2, else 0.
+  // dY . r, of r = y + factor more (more may be null), in two parts: of use times row argmax of v,
+  // bit for bit as gram makes it, and of the rest. dY = dy_columns, y and more are the block's
+  // rows, v the image's. Where a weight is nearly 1, v's row is nearly r: use is 1 (or the weight's
+  // sign) where one is above 1/2, else 0.
   void (*pivots)(const float* dy_columns, const void* v, const float* argmax, const float* use,
                  int64_t rows, int64_t depth, float* pivot);
-  void (*deltas)(const float* dy_columns, const float* v, const float* y, const float* b, float eta,
-                 const float* argmax, const float* use, int64_t rows, int64_t depth, float* delta);
+  void (*deltas)(const float* dy_columns, const void* v, const void* y, const void* more,
+                 float factor, const float* argmax, const float* use, int64_t rows, int64_t depth,
+                 float* delta);
   // row_delta += row sums of P dP, col_delta (unless null) the same of the mirrored tile, from the
   // tiles named below.
   void (*sci_delta)(const float* s, const float* e, const float* f, int64_t rows, int64_t cols,

@@ -40,6 +40,22 @@ inline void store_rows(float* row, int64_t j, const Vec* weights) {
   store(row + j, as_slots(_mm512_or_si512(lower, _mm512_slli_epi32(upper, 16))));
 }
 
+// The elements of a slot.
+struct Parts {
+  Vec of[kPack];
+};
+inline Parts parts(Vec slots) {
+  const __m512i bits = _mm512_castps_si512(slots);
+  const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
+  return {{as_slots(_mm512_slli_epi32(bits, 16)), as_slots(_mm512_and_si512(bits, upper))}};
+}
+
+// What store_results() makes of them.
+inline Vec rounded(Vec values) {
+  const __m512i bits = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(values));
+  return as_slots(_mm512_slli_epi32(bits, 16));
+}
+
 inline void store_results(Element* to, int64_t n, Vec values) {
   const auto within = static_cast<__mmask16>(n >= kWidth ? 0xffff : (1u << n) - 1);
   _mm256_mask_storeu_epi16(to, within, (__m256i)_mm512_cvtneps_pbh(values));

@@ -23,6 +23,15 @@ inline void store_columns(float* row, int64_t j, int64_t, Vec weights) { store(r
 // The same for kPack rows of a left side that is transposed.
 inline void store_rows(float* row, int64_t j, const Vec* weights) { store(row + j, weights[0]); }
 
+// The elements of a slot.
+struct Parts {
+  Vec of[kPack];
+};
+inline Parts parts(Vec slots) { return {{slots}}; }
+
+// What store_results() makes of them.
+inline Vec rounded(Vec values) { return values; }
+
 inline void store_results(Element* to, int64_t n, Vec values) {
   if (n >= kWidth) return store(to, values);
   float part[kWidth];

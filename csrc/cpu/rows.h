@@ -106,12 +106,16 @@ inline void mirrored_exponentials(const float* s, int64_t rows, int64_t cols, in
 }
 
 inline void results(const float* acc, int64_t ld, int64_t rows, int64_t cols, const float* sum,
-                    void* y) {
+                    void* y, void* rest) {
   for (int64_t r = 0; r < rows; r++) {
     Element* to = static_cast<Element*>(y) + r * cols;
+    Element* rest_to = static_cast<Element*>(rest) + r * cols;
     const Vec divisor = splat(sum ? sum[r] : 1.0f);
-    for (int64_t j = 0; j < cols; j += kWidth)
-      store_results(to + j, cols - j, load(acc + r * ld + j) / divisor);
+    for (int64_t j = 0; j < cols; j += kWidth) {
+      const Vec values = load(acc + r * ld + j) / divisor;
+      store_results(to + j, cols - j, values);
+      if (rest) store_results(rest_to + j, cols - j, values - rounded(values));
+    }
   }
 }
 
@@ -178,14 +182,18 @@ inline Vec dot_with_rows(const float* left, int64_t pitch, int64_t depth, const 
 }
 
 // The same sum with twice the digits: one rounding of it would reach every weight of its row.
+// columns(k) gives the elements of slot k.
 template <typename Columns>
 inline Vec compensated_dot(const float* left, int64_t pitch, int64_t depth, Columns columns) {
   Vec sum = splat(0), rest = splat(0);
-  for (int64_t k = 0; k < depth; k++) {
-    const Vec a = load(left + k * pitch), b = columns(k), product = a * b;
-    const Vec next = sum + product, added = next - sum;
-    rest = rest + ((sum - (next - added)) + (product - added)) + fma(a, b, splat(0) - product);
-    sum = next;
+  for (int64_t k = 0; k < slots(depth); k++) {
+    const Parts lefts = parts(load(left + k * pitch)), rights = columns(k);
+    for (int64_t n = 0; n < kPack; n++) {
+      const Vec a = lefts.of[n], b = rights.of[n], product = a * b;
+      const Vec next = sum + product, added = next - sum;
+      rest = rest + ((sum - (next - added)) + (product - added)) + fma(a, b, splat(0) - product);
+      sum = next;
+    }
   }
   return sum + rest;
 }
@@ -214,23 +222,33 @@ inline void pivots(const float* dy_columns, const void* v, const float* argmax, 
   });
 }
 
-inline void deltas(const float* dy_columns, const float* v, const float* y, const float* b,
-                   float eta, const float* argmax, const float* use, int64_t rows, int64_t depth,
+inline void deltas(const float* dy_columns, const void* v, const void* y, const void* more,
+                   float factor, const float* argmax, const float* use, int64_t rows, int64_t depth,
                    float* delta) {
   for_each_row_vector(dy_columns, rows, depth, [&](const float* left, int64_t pitch, int64_t row) {
     const auto existing = [&](int64_t lane) { return row + lane < rows ? row + lane : 0; };
-    const int64_t bytes = depth * sizeof(float);
-    SlotColumns largest(bytes, [&](int64_t lane) {
-      return v + static_cast<int64_t>(argmax[existing(lane)]) * depth;
+    const auto rows_of = [&](const void* source) {
+      return SlotColumns(depth * sizeof(Element), [&](int64_t lane) {
+        return static_cast<const Element*>(source) + existing(lane) * depth;
+      });
+    };
+    SlotColumns largest(depth * sizeof(Element), [&](int64_t lane) {
+      return static_cast<const Element*>(v) + static_cast<int64_t>(argmax[existing(lane)]) * depth;
     });
-    SlotColumns result(bytes, [&](int64_t lane) { return y + existing(lane) * depth; });
-    const Vec factor = load(use + row);
-    const auto remainder = [&](int64_t k) { return result.next(k) - factor * largest.next(k); };
-    if (!b) return store(delta + row, compensated_dot(left, pitch, depth, remainder));
-    SlotColumns partner(bytes, [&](int64_t lane) { return b + existing(lane) * depth; });
-    store(delta + row, compensated_dot(left, pitch, depth, [&](int64_t k) {
-            return remainder(k) + splat(eta) * partner.next(k);
-          }));
+    SlotColumns result = rows_of(y), added = rows_of(more ? more : y);
+    const Vec used = load(use + row);
+    const auto remainder = [&](int64_t k) {
+      Parts parts_of_slot = parts(result.next(k));
+      const Parts of_largest = parts(largest.next(k));
+      for (int64_t n = 0; n < kPack; n++)
+        parts_of_slot.of[n] = parts_of_slot.of[n] - used * of_largest.of[n];
+      if (!more) return parts_of_slot;
+      const Parts of_added = parts(added.next(k));
+      for (int64_t n = 0; n < kPack; n++)
+        parts_of_slot.of[n] = parts_of_slot.of[n] + splat(factor) * of_added.of[n];
+      return parts_of_slot;
+    };
+    store(delta + row, compensated_dot(left, pitch, depth, remainder));
   });
 }
 

@@ -8,6 +8,7 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/sub.h>
 #include <torch/library.h>
 
 #include <optional>
@@ -33,9 +34,9 @@ struct ForwardImage {
 
 class Forward {
  public:
-  // x, v and y hold elements of isa.
+  // x, v, y and y_rest hold elements of isa; y_rest may be null.
   Forward(const Kernels& isa, const at::Tensor& x, const at::Tensor& v, float scale, at::Tensor& y,
-          at::Tensor& row_argmax, at::Tensor& row_sum)
+          void* y_rest, at::Tensor& row_argmax, at::Tensor& row_sum)
       : isa_(isa),
         images_(x.size(0)),
         depth_(x.size(2)),
@@ -47,6 +48,7 @@ class Forward {
         x_(x.const_data_ptr()),
         v_(v.const_data_ptr()),
         y_(y.mutable_data_ptr()),
+        y_rest_(y_rest),
         row_argmax_(row_argmax.mutable_data_ptr<float>()),
         row_sum_(row_sum.mutable_data_ptr<float>()) {}
 
@@ -127,7 +129,7 @@ class Forward {
     const int64_t row = blocks_.first(block), rows = blocks_.rows(block);
     const int64_t target = first_row + row;
     isa_.results(image.acc + row * width_, width_, rows, cols_, image.sum + row,
-                 isa_.at(y_, target * cols_));
+                 isa_.at(y_, target * cols_), y_rest_ ? isa_.at(y_rest_, target * cols_) : nullptr);
     std::copy_n(image.argmax + row, rows, row_argmax_ + target);
     std::copy_n(image.sum + row, rows, row_sum_ + target);
   }
@@ -137,7 +139,7 @@ class Forward {
   const float scale_;
   const Blocks blocks_;
   const void *x_, *v_;
-  void* y_;
+  void *y_, *y_rest_;
   float *row_argmax_, *row_sum_;
   std::vector<ForwardImage> flight_;
   std::vector<Tile> tiles_;
@@ -159,9 +161,9 @@ struct BackwardImage {
 class Backward {
  public:
   struct Inputs {
-    // dy, x, v, y: elements; y is null where it is too coarse for delta = dY . Y, which then takes
-    // a sweep of its own.
-    const void *dy, *x, *v, *y;
+    // Elements. y is null where it is too coarse for delta = dY . Y, which then takes a sweep of
+    // its own; y_rest is null where y is all of the result.
+    const void *dy, *x, *v, *y, *y_rest;
     const float *row_argmax, *row_sum;
   };
   struct Shape {
@@ -264,8 +266,8 @@ class Backward {
       std::fill_n(image.delta + row, blocks_.size, 0.0f);
       return;
     }
-    isa_.deltas(dy_columns, static_cast<const float*>(in_.v) + first * cols,
-                static_cast<const float*>(in_.y) + source * cols, nullptr, 0.0f, image.argmax + row,
+    isa_.deltas(dy_columns, isa_.at(in_.v, first * cols), isa_.at(in_.y, source * cols),
+                in_.y_rest ? isa_.at(in_.y_rest, source * cols) : nullptr, 1.0f, image.argmax + row,
                 use, rows, cols, image.delta + row);
   }
 
@@ -321,10 +323,10 @@ class Backward {
     const int64_t row = blocks_.first(block), rows = blocks_.rows(block);
     const int64_t target = first_row + row;
     isa_.results(image.dx + row * depth_width_, depth_width_, rows, shape_.depth, nullptr,
-                 isa_.at(dx_, target * shape_.depth));
+                 isa_.at(dx_, target * shape_.depth), nullptr);
     if (separate_v_)
       isa_.results(image.dv + row * width_, width_, rows, shape_.cols, nullptr,
-                   isa_.at(dv_, target * shape_.cols));
+                   isa_.at(dv_, target * shape_.cols), nullptr);
   }
 
   const Kernels& isa_;
@@ -339,38 +341,66 @@ class Backward {
   std::vector<Tile> tiles_;
 };
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> sci(const at::Tensor& x,
-                                                   const std::optional<at::Tensor>& v,
-                                                   double scale) {
-  check_features("cpu_sci", x, v);
+struct Results {
+  // y_rest is what rounding took off y, in x's dtype; empty where nothing was.
+  at::Tensor y, row_argmax, row_sum, y_rest;
+};
+
+Results forward(const at::Tensor& x, const std::optional<at::Tensor>& v, double scale,
+                bool keeps_rest) {
   const Kernels& isa = kernels_for(x);
   const at::Tensor our_x = elements(isa, x), our_v = v ? elements(isa, *v) : our_x;
   at::Tensor y = at::empty_like(our_v);
   at::Tensor row_argmax = at::empty({x.size(0), x.size(1)}, x.options().dtype(at::kFloat));
   at::Tensor row_sum = at::empty_like(row_argmax);
+  const auto type = x.scalar_type();
+  const bool in_kernel = keeps_rest && type == y.scalar_type();
+  at::Tensor rest = in_kernel ? at::empty_like(y) : at::empty({0}, x.options());
   if (x.size(0) > 0)
-    Forward(isa, our_x, our_v, static_cast<float>(scale), y, row_argmax, row_sum).run();
-  return {y.to(x.scalar_type()), row_argmax, row_sum};
+    Forward(isa, our_x, our_v, static_cast<float>(scale), y,
+            in_kernel ? rest.mutable_data_ptr() : nullptr, row_argmax, row_sum)
+        .run();
+  const at::Tensor result = y.to(type);
+  if (keeps_rest && !in_kernel) rest = at::sub(y, result).to(type);
+  return {result, row_argmax, row_sum, rest};
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> sci(const at::Tensor& x,
+                                                               const std::optional<at::Tensor>& v,
+                                                               double scale) {
+  check_features("cpu_sci", x, v);
+  const Results r = forward(x, v, scale, x.scalar_type() != at::kFloat);
+  return {r.y, r.row_argmax, r.row_sum, r.y_rest};
+}
+
+at::Tensor sci_values(const at::Tensor& x, const std::optional<at::Tensor>& v, double scale) {
+  check_features("cpu_sci_values", x, v);
+  return forward(x, v, scale, false).y;
 }
 
 std::tuple<at::Tensor, at::Tensor> sci_backward(const at::Tensor& dy, const at::Tensor& x,
                                                 const std::optional<at::Tensor>& v,
                                                 const at::Tensor& y, const at::Tensor& row_argmax,
-                                                const at::Tensor& row_sum, double scale) {
+                                                const at::Tensor& row_sum, const at::Tensor& y_rest,
+                                                double scale) {
   check_features("cpu_sci_backward", x, v);
   check_shape("cpu_sci_backward", "dy", dy, v ? v->sizes() : x.sizes());
   check_shape("cpu_sci_backward", "y", y, dy.sizes());
   check_statistics("cpu_sci_backward", x, row_argmax, row_sum);
   const Kernels& isa = kernels_for(x);
   const at::Tensor our_x = elements(isa, x), our_v = v ? elements(isa, *v) : our_x;
-  const at::Tensor our_dy = elements(isa, dy), our_y = is_coarse(x) ? y : elements(isa, y);
+  const at::Tensor our_dy = elements(isa, dy), our_y = elements(isa, y);
+  const bool is_whole = x.scalar_type() == at::kFloat;
+  if (!is_whole) check_shape("cpu_sci_backward", "y_rest", y_rest, dy.sizes());
+  const at::Tensor our_rest = is_whole ? y_rest : elements(isa, y_rest);
   at::Tensor dx = at::empty_like(our_x);
   at::Tensor dv = v ? at::empty_like(our_v) : at::empty({0}, our_x.options());
   const Backward::Shape shape{x.size(0), x.size(1), x.size(2), our_v.size(2)};
   const Backward::Inputs in{our_dy.const_data_ptr(),
                             our_x.const_data_ptr(),
                             our_v.const_data_ptr(),
-                            is_coarse(x) ? nullptr : our_y.const_data_ptr(),
+                            is_whole && has_few_channels(x) ? nullptr : our_y.const_data_ptr(),
+                            is_whole ? nullptr : our_rest.const_data_ptr(),
                             row_argmax.const_data_ptr<float>(),
                             row_sum.const_data_ptr<float>()};
   if (x.size(0) > 0)
@@ -384,6 +414,7 @@ std::tuple<at::Tensor, at::Tensor> sci_backward(const at::Tensor& dy, const at::
 
 TORCH_LIBRARY_IMPL(cin_fast, CPU, m) {
   m.impl("cpu_sci", &sci);
+  m.impl("cpu_sci_values", &sci_values);
   m.impl("cpu_sci_backward", &sci_backward);
 }
 

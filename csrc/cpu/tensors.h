@@ -25,11 +25,12 @@ inline const Kernels& kernels_for(const at::Tensor& x) {
   return kernels(x.scalar_type() == at::kBFloat16 && x.size(1) >= kFewChannels);
 }
 
-// Whether results of x's kind are too coarse for delta = dY . Y, which then takes a sweep of its
-// own: in 16 bits, and with so few channels that the exact sum of P dP is worth one.
+// So few that the exact sum of P dP is worth a sweep: a float32 result is too coarse for dY . Y.
+inline bool has_few_channels(const at::Tensor& x) { return x.size(1) <= 256; }
+
+// Whether results of x's kind, without a rest, are too coarse for it.
 inline bool is_coarse(const at::Tensor& x) {
-  constexpr int64_t kExactChannels = 256;
-  return x.scalar_type() != at::kFloat || x.size(1) <= kExactChannels;
+  return x.scalar_type() != at::kFloat || has_few_channels(x);
 }
 
 inline void check_features(const char* name, const at::Tensor& x,

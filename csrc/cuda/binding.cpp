@@ -164,28 +164,47 @@ struct Results {
         row_sum(call.empty({x.size(0), x.size(1)}, ScalarType::Float)) {}
 };
 
-std::tuple<Tensor, Tensor, Tensor> sci(const Tensor& x, const std::optional<Tensor>& v,
-                                       double scale) {
+// y_rest is empty where it is not asked for, or nothing is taken off y.
+std::tuple<Tensor, Tensor, Tensor, Tensor> sci_forward(const Tensor& x,
+                                                       const std::optional<Tensor>& v, double scale,
+                                                       bool keeps_rest) {
   Call call(x);
   Results r(call, x, v);
+  keeps_rest = keeps_rest && x.scalar_type() != ScalarType::Float;
+  const Tensor y_rest =
+      call.empty(keeps_rest ? shape_of(r.y) : std::vector<int64_t>{0}, x.scalar_type());
   check(cin_fast::sci_forward(
             call.context, dtype_of(x), shape(x, v), static_cast<float>(scale),
-            {view(x), view(v), data<void>(r.y), data<float>(r.row_max), data<float>(r.row_sum)}),
+            {view(x), view(v), data<void>(r.y), keeps_rest ? data<void>(y_rest) : nullptr,
+             data<float>(r.row_max), data<float>(r.row_sum)}),
         "sci");
-  return {r.y, r.row_max, r.row_sum};
+  return {r.y, r.row_max, r.row_sum, y_rest};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> sci(const Tensor& x, const std::optional<Tensor>& v,
+                                               double scale) {
+  return sci_forward(x, v, scale, true);
+}
+
+Tensor sci_values(const Tensor& x, const std::optional<Tensor>& v, double scale) {
+  return std::get<0>(sci_forward(x, v, scale, false));
 }
 
 std::tuple<Tensor, Tensor> sci_backward(const Tensor& dy, const Tensor& x,
-                                        const std::optional<Tensor>& v, const Tensor&,
+                                        const std::optional<Tensor>& v, const Tensor& y,
                                         const Tensor& row_max, const Tensor& row_sum,
-                                        double scale) {
+                                        const Tensor& y_rest, double scale) {
   Call call(x);
+  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float || y_rest.numel() == y.numel(),
+                  "cin_fast cuda: y_rest: expected y's shape");
+  const Tensor our_y = torch::stable::contiguous(y), our_rest = torch::stable::contiguous(y_rest);
   Tensor dx = call.empty(shape_of(x), x.scalar_type());
   Tensor dv = call.empty(v ? shape_of(*v) : std::vector<int64_t>{0}, x.scalar_type());
   check(cin_fast::sci_backward(
             call.context, dtype_of(x), shape(x, v), static_cast<float>(scale),
-            {view(dy), view(x), view(v), const_data<float>(row_max), const_data<float>(row_sum),
-             data<void>(dx), v ? data<void>(dv) : nullptr}),
+            {view(dy), view(x), view(v), const_data<void>(our_y), const_data<void>(our_rest),
+             const_data<float>(row_max), const_data<float>(row_sum), data<void>(dx),
+             v ? data<void>(dv) : nullptr}),
         "sci_backward");
   return {dx, dv};
 }
@@ -323,6 +342,7 @@ void cci_rows_backward(const Tensor& weights, const Tensor& ds, const Tensor& de
 
 STABLE_TORCH_LIBRARY_IMPL(cin_fast, CUDA, m) {
   m.impl("cuda_sci", TORCH_BOX(&sci));
+  m.impl("cuda_sci_values", TORCH_BOX(&sci_values));
   m.impl("cuda_sci_backward", TORCH_BOX(&sci_backward));
   m.impl("cuda_cci", TORCH_BOX(&cci));
   m.impl("cuda_cci_backward", TORCH_BOX(&cci_backward));

@@ -80,11 +80,15 @@ __global__ void __launch_bounds__(32 * kRepackWarps)
   }
 }
 
+inline bool starts_on(const void* data, int bytes) {
+  return reinterpret_cast<uintptr_t>(data) % bytes == 0;
+}
+
 // Whether pieces of that many bytes start where they have to, and end where rows do.
 template <class T>
 bool in_pieces(const View& view, int columns, int bytes) {
   const int elements = bytes / static_cast<int>(sizeof(T));
-  return reinterpret_cast<uintptr_t>(view.data) % bytes == 0 && columns % elements == 0 &&
+  return starts_on(view.data, bytes) && columns % elements == 0 &&
          view.strides[0] % elements == 0 && view.strides[1] % elements == 0 && view.strides[2] == 1;
 }
 

@@ -52,14 +52,17 @@ struct Context {
   void* owner;
 };
 
+// y_rest is what rounding to 16 bits takes off y; it may be nullptr, and is not written in float32.
 struct SciForward {
   View x, v;
-  void* y;
+  void *y, *y_rest;
   float *row_max, *row_sum;
 };
 
 struct SciBackward {
   View dy, x, v;
+  // Contiguous; not read in float32.
+  const void *y, *y_rest;
   const float *row_max, *row_sum;
   // dv is nullptr where v = x: its share is then in dx.
   void *dx, *dv;

@@ -4,8 +4,6 @@
 namespace cin_fast {
 namespace {
 
-// Four neighbours of a row.
-constexpr int kPiece = 4;
 constexpr int kWarps = 8, kRowsOfABlock = 8 * kWarps;
 
 struct Source {
@@ -22,16 +20,6 @@ struct Source {
 struct Sources {
   Source of[2];
 };
-
-template <bool kWhole>
-__device__ __forceinline__ uint64_t load_piece(const uint16_t* from, int64_t stride, int columns) {
-  if constexpr (kWhole) return columns > 0 ? *reinterpret_cast<const uint64_t*>(from) : 0;
-  uint64_t piece = 0;
-#pragma unroll
-  for (int i = 0; i < kPiece; ++i)
-    if (i < columns) piece |= static_cast<uint64_t>(from[i * stride]) << 16 * i;
-  return piece;
-}
 
 // A warp takes eight rows, four lanes each: of a panel they write 256 bytes together. kWhole:
 // pieces can be loaded as such.
@@ -58,8 +46,7 @@ __global__ void __launch_bounds__(32 * kWarps)
   }
   const int turn = blockIdx.y * to.turn + row / to.turn * to.step;
   const int64_t at = static_cast<int64_t>(image) * to.panels * to.height + turn + row % to.turn;
-  // Of eight rows the last four have their 16-byte pieces the other way round: wgmma's swizzle.
-  unsigned char* target = to.data + at * kPanelRow + (2 * column ^ row / 4 % 2 * 16);
+  unsigned char* target = to.data + at * kPanelRow + piece_byte(row, column);
 #pragma unroll
   for (int panel = 0; panel < kMostPanels; ++panel) {
     if (panel < to.panels) *reinterpret_cast<uint64_t*>(target) = pieces[panel];

@@ -18,6 +18,26 @@ struct Panels {
   int images, rows, panels, turn, step, height;
 };
 
+// Four neighbours of a row: what a thread moves at once into a panel.
+constexpr int kPiece = 4;
+
+// Of `columns` that exist; kWhole: it can be loaded as such.
+template <bool kWhole>
+__device__ __forceinline__ uint64_t load_piece(const uint16_t* from, int64_t stride, int columns) {
+  if constexpr (kWhole) return columns > 0 ? *reinterpret_cast<const uint64_t*>(from) : 0;
+  uint64_t piece = 0;
+#pragma unroll
+  for (int i = 0; i < kPiece; ++i)
+    if (i < columns) piece |= static_cast<uint64_t>(from[i * stride]) << 16 * i;
+  return piece;
+}
+
+// Where the piece of a panel at that column of it lies, behind the row's start. Of eight rows the
+// last four have their 16-byte pieces the other way round: wgmma's swizzle.
+__device__ __forceinline__ int piece_byte(int row, int column) {
+  return 2 * column ^ row / 4 % 2 * 16;
+}
+
 // Copies a tensor into panels, or two of the same shape, the second a turn behind the first. Rows
 // and columns beyond the tensor's become zeros.
 cudaError_t repack_panels(const Context& context, std::initializer_list<View> views, int columns,

@@ -4,13 +4,15 @@
 // part of x x^T leaves the chip. Per element of a tile, forward: 2 L operations for x x^T, 1
 // exponential, 2 K operations for the result. Backward, in one pass: 2 L for x x^T, 4 K for
 // dY v^T and its mirror image, 2 exponentials, 2 L for dx, 2 K for dv.
+#include <utility>
+
 #include "sci.cuh"
 
 namespace cin_fast {
 namespace sci {
 namespace {
 
-constexpr int kTermsWidth = 32, kBackwardWidth = 32;
+constexpr int kSweepWidth = 32, kBackwardWidth = 32;
 
 template <class Products, int kColumns>
 struct ForwardTiles {
@@ -48,8 +50,7 @@ __global__ void __launch_bounds__(kGroupThreads)
     __syncthreads();
   }
   softmax.finish();
-  store_tile<Products>(p.y + image * x.rows * p.columns, acc, Products::divisor(softmax.sum[0]),
-                       Products::divisor(softmax.sum[1]), row, x.rows, chunk, p.columns);
+  store_result<Products>(p, image, acc, softmax, row, chunk);
   if (blockIdx.y == 0)
     softmax.store(p.row_max + image * x.rows, p.row_sum + image * x.rows, row, x.rows);
 }
@@ -66,22 +67,38 @@ cudaError_t launch_forward(const Context& context, const Shape& shape,
 template <class Products>
 __global__ void __launch_bounds__(kGroupThreads)
     sci_terms_kernel(TermsParameters<typename Products::Element> p, int row_blocks) {
+  const int64_t image = blockIdx.x / row_blocks;
+  const int row = blockIdx.x % row_blocks * kBlockRows;
+  const Matrix<typename Products::Element> dy = p.dy.image(image);
+  SharedMemory shared;
+  Stream<Products, kBlockRows> stream(shared);
+  float product[kBlockRows / 8][4] = {}, delta[2];
+  stream.product(product, dy, row, p.y.image(image), row);
+  stream.product(product, dy, row, p.y_rest.image(image), row);
+  take_diagonal(delta, product);
+  store_terms<Products>(p, image, row, delta);
+}
+
+template <class Products>
+__global__ void __launch_bounds__(kGroupThreads)
+    sci_sweep_kernel(SweepParameters<typename Products::Element> p, int row_blocks) {
   using T = typename Products::Element;
-  constexpr int kWidth = kTermsWidth;
+  constexpr int kWidth = kSweepWidth;
   const int64_t image = blockIdx.x / row_blocks;
   const int row = blockIdx.x % row_blocks * kBlockRows;
   const Matrix<T> x = p.x.image(image), v = p.v.image(image), dy = p.dy.image(image);
   SharedMemory shared;
   Stream<Products, kWidth> stream(shared);
 
-  RowSums<Products> sums(p, image, row, x.rows);
+  RowSums<Products> sums(p, image, row);
   for (int column = 0; column < x.rows; column += kWidth) {
     float s[kWidth / 8][4] = {}, dp[kWidth / 8][4] = {};
     stream.product(s, x, row, x, column);
     stream.product(dp, dy, row, v, column);
     sums.add(s, dp, x.rows - column);
   }
-  sums.store(p, image, row, x.rows);
+  sums.finish();
+  store_terms<Products>(p, image, row, sums.delta);
 }
 
 template <class Products, Values kValues>
@@ -174,12 +191,22 @@ cudaError_t launch_backward(const Context& context, const Shape& shape,
 
 template <class Products>
 cudaError_t launch_terms(const Context& context, const Shape& shape,
-                         const TermsParameters<typename Products::Element>& parameters) {
+                         const TermsParameters<typename Products::Element>& p) {
   const int row_blocks = divide_up(shape.channels, kBlockRows);
   return launch(context, "sci_terms", sci_terms_kernel<Products>, dim3(shape.batch * row_blocks),
                 kGroupThreads,
-                2 * Stream<Products, kTermsWidth>::kStage * sizeof(typename Products::Element),
-                parameters, row_blocks);
+                2 * Stream<Products, kBlockRows>::kStage * sizeof(typename Products::Element), p,
+                row_blocks);
+}
+
+template <class Products>
+cudaError_t launch_sweep(const Context& context, const Shape& shape,
+                         const SweepParameters<typename Products::Element>& p) {
+  const int row_blocks = divide_up(shape.channels, kBlockRows);
+  return launch(context, "sci_sweep", sci_sweep_kernel<Products>, dim3(shape.batch * row_blocks),
+                kGroupThreads,
+                2 * Stream<Products, kSweepWidth>::kStage * sizeof(typename Products::Element), p,
+                row_blocks);
 }
 
 template <class Products>
@@ -194,18 +221,35 @@ cudaError_t forward(const Context& context, const Shape& shape, bool tied,
 
 template <class Products>
 cudaError_t backward(const Context& context, const Shape& shape, bool tied,
-                     const TermsParameters<typename Products::Element>& terms,
                      const BackwardParameters<typename Products::Element>& p) {
   if constexpr (sizeof(typename Products::Element) == 2) {
-    if (is_resident(context, shape, tied)) {
-      CIN_FAST_RETURN_IF_ERROR(resident_terms(context, shape, tied, terms));
-      return resident_backward(context, shape, tied, p);
-    }
+    if (is_resident(context, shape, tied)) return resident_backward(context, shape, tied, p);
   }
-  CIN_FAST_RETURN_IF_ERROR(launch_terms<Products>(context, shape, terms));
   if (tied) return launch_backward<Products, Values::kTied>(context, shape, p);
   return p.columns <= kThin ? launch_backward<Products, Values::kThin>(context, shape, p)
                             : launch_backward<Products, Values::kOwn>(context, shape, p);
+}
+
+// Of y or its rest.
+inline View contiguous_view(const void* data, const Shape& shape, int columns) {
+  return {data, {static_cast<int64_t>(shape.channels) * columns, columns, 1}};
+}
+
+// The rows' terms, where warp groups do not make them.
+template <class Products>
+cudaError_t make_terms(const Context& context, const Shape& shape, const SciBackward& a,
+                       const BackwardParameters<typename Products::Element>& p, RowTerms* terms) {
+  using T = typename Products::Element;
+  if constexpr (sizeof(T) == 2) {
+    TermsParameters<T> own{p.dy, {}, {}, a.row_max, a.row_sum, terms, p.channels};
+    for (const auto& [data, batch] : {std::pair{a.y, &own.y}, {a.y_rest, &own.y_rest}})
+      CIN_FAST_RETURN_IF_ERROR(
+          aligned_batch(context, contiguous_view(data, shape, p.columns), shape, p.columns, batch));
+    return launch_terms<Products>(context, shape, own);
+  } else {
+    return launch_sweep<Products>(
+        context, shape, {p.dy, p.x, p.v, a.row_max, a.row_sum, terms, p.channels, p.factor});
+  }
 }
 
 }  // namespace
@@ -219,6 +263,7 @@ cudaError_t sci_forward(const Context& context, Dtype dtype, const Shape& shape,
     using T = typename Products::Element;
     sci::ForwardParameters<T> p{};
     p.y = static_cast<T*>(a.y);
+    p.y_rest = sizeof(T) == 2 ? static_cast<T*>(a.y_rest) : nullptr;
     p.row_max = a.row_max;
     p.row_sum = a.row_sum;
     p.factor = softmax_factor<Products>(scale);
@@ -250,23 +295,15 @@ cudaError_t sci_backward(const Context& context, Dtype dtype, const Shape& shape
     p.columns = a.v.data ? shape.columns : shape.positions;
     p.scale = scale;
     p.factor = softmax_factor<Products>(scale);
-    sci::TermsParameters<T> for_terms{};
-    for_terms.row_max = a.row_max;
-    for_terms.row_sum = a.row_sum;
-    for_terms.terms = terms;
-    for_terms.channels = shape.channels;
-    for_terms.factor = p.factor;
     if constexpr (sizeof(T) == 2)
       if (is_wgmma(context, shape, !a.v.data))
-        return sci::wgmma_backward(context, shape, a, for_terms, p);
+        return sci::wgmma_backward(context, shape, a, terms, p);
     CIN_FAST_RETURN_IF_ERROR(aligned_batch(context, a.x, shape, shape.positions, &p.x));
     CIN_FAST_RETURN_IF_ERROR(aligned_batch(context, a.dy, shape, p.columns, &p.dy));
     p.v = p.x;
     if (a.v.data) CIN_FAST_RETURN_IF_ERROR(aligned_batch(context, a.v, shape, p.columns, &p.v));
-    for_terms.x = p.x;
-    for_terms.v = p.v;
-    for_terms.dy = p.dy;
-    return sci::backward<Products>(context, shape, !a.v.data, for_terms, p);
+    CIN_FAST_RETURN_IF_ERROR(sci::make_terms<Products>(context, shape, a, p, terms));
+    return sci::backward<Products>(context, shape, !a.v.data, p);
   });
 }
 

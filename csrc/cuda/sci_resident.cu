@@ -2,6 +2,8 @@
 // = 49 among them), v = x or at most 16 columns of v. The rows of a block are loaded once, and
 // while one tile of columns is multiplied the next is on its way. Where v = x, the tile that gave
 // x x^T is also the tile of v.
+#include <algorithm>
+
 #include "sci.cuh"
 
 namespace cin_fast {
@@ -56,7 +58,7 @@ __device__ __forceinline__ void advance(int column, int width, int columns,
   __syncthreads();
 }
 
-constexpr int kForwardWidth = 64, kTermsWidth = 64, kBackwardWidth = 32;
+constexpr int kForwardWidth = 64, kBackwardWidth = 32;
 
 template <class T, int kColumns, bool kTied>
 constexpr size_t kForwardBytes =
@@ -98,51 +100,8 @@ __global__ void __launch_bounds__(kGroupThreads)
     __syncthreads();
   }
   softmax.finish();
-  store_tile<Products>(p.y + image * channels * p.columns, acc, Products::divisor(softmax.sum[0]),
-                       Products::divisor(softmax.sum[1]), row, channels, 0, p.columns);
+  store_result<Products>(p, image, acc, softmax, row, 0);
   softmax.store(p.row_max + image * channels, p.row_sum + image * channels, row, channels);
-}
-
-template <class T, int kColumns, bool kTied>
-constexpr size_t kTermsBytes = shared_bytes(
-    {Operand<T, kTermsWidth, kColumns>::kRowBytes, Operand<T, kTermsWidth, kColumns>::kTileBytes,
-     Operand < T, kTermsWidth, kTied ? kColumns : kThin > ::kRowBytes,
-     kTied ? 0 : Operand<T, kTermsWidth, kThin>::kTileBytes});
-
-template <class T, int kColumns, bool kTied>
-__global__ void __launch_bounds__(kGroupThreads)
-    sci_resident_terms_kernel(TermsParameters<T> p, int row_blocks) {
-  constexpr int kWidth = kTermsWidth, kValues = kTied ? kColumns : kThin;
-  const int64_t image = blockIdx.x / row_blocks;
-  const int row = blockIdx.x % row_blocks * kBlockRows;
-  SharedMemory shared;
-  const Operand<T, kWidth, kColumns> x(shared, p.x.image(image));
-  const Operand<T, kWidth, kValues> dy(shared, p.dy.image(image), true, false);
-  const Operand<T, kWidth, kThin> v(shared, p.v.image(image), false, !kTied);
-  const int channels = x.from.rows;
-
-  x.load_rows(row);
-  dy.load_rows(row);
-  x.load(0);
-  if constexpr (!kTied) v.load(0);
-  ptx::cp_async_commit();
-  RowSums<HalfProducts<T>> sums(p, image, row, channels);
-  for (int column = 0; column < channels; column += kWidth) {
-    float s[kWidth / 8][4] = {}, dp[kWidth / 8][4] = {};
-    if constexpr (kTied)
-      advance(column, kWidth, channels, x);
-    else
-      advance(column, kWidth, channels, x, v);
-    x.product(s, x, column);
-    if constexpr (kTied)
-      dy.product(dp, x, column);
-    else
-      dy.product(dp, v, column);
-    sums.add(s, dp, channels - column);
-    // The next tile but one lands where this one lies.
-    __syncthreads();
-  }
-  sums.store(p, image, row, channels);
 }
 
 template <class T, int kColumns, bool kTied>
@@ -218,12 +177,9 @@ dim3 row_block_grid(const Shape& shape) {
 bool is_resident(const Context& context, const Shape& shape, bool tied) {
   if (shape.positions > kWide || (!tied && shape.columns > kThin)) return false;
   using T = __nv_bfloat16;
-  // The backward pass and its terms need the most.
   size_t needed = 0;
   with_columns(shape, tied, [&]<int kColumns, bool kTied>() {
-    needed = kBackwardBytes<T, kColumns, kTied> > kTermsBytes<T, kColumns, kTied>
-                 ? kBackwardBytes<T, kColumns, kTied>
-                 : kTermsBytes<T, kColumns, kTied>;
+    needed = std::max(kForwardBytes<T, kColumns, kTied>, kBackwardBytes<T, kColumns, kTied>);
     return cudaSuccess;
   });
   return needed <= static_cast<size_t>(context.shared_limit);
@@ -235,16 +191,6 @@ cudaError_t resident_forward(const Context& context, const Shape& shape, bool ti
   return with_columns(shape, tied, [&]<int kColumns, bool kTied>() {
     return launch(context, "sci_resident_forward", sci_resident_forward_kernel<T, kColumns, kTied>,
                   row_block_grid(shape), kGroupThreads, kForwardBytes<T, kColumns, kTied>, p,
-                  divide_up(shape.channels, kBlockRows));
-  });
-}
-
-template <class T>
-cudaError_t resident_terms(const Context& context, const Shape& shape, bool tied,
-                           const TermsParameters<T>& p) {
-  return with_columns(shape, tied, [&]<int kColumns, bool kTied>() {
-    return launch(context, "sci_resident_terms", sci_resident_terms_kernel<T, kColumns, kTied>,
-                  row_block_grid(shape), kGroupThreads, kTermsBytes<T, kColumns, kTied>, p,
                   divide_up(shape.channels, kBlockRows));
   });
 }
@@ -263,8 +209,6 @@ cudaError_t resident_backward(const Context& context, const Shape& shape, bool t
 #define CIN_FAST_RESIDENT(T)                                                 \
   template cudaError_t resident_forward(const Context&, const Shape&, bool,  \
                                         const ForwardParameters<T>&);        \
-  template cudaError_t resident_terms(const Context&, const Shape&, bool,    \
-                                      const TermsParameters<T>&);            \
   template cudaError_t resident_backward(const Context&, const Shape&, bool, \
                                          const BackwardParameters<T>&);
 CIN_FAST_RESIDENT(__nv_bfloat16)

@@ -122,14 +122,20 @@ __global__ void __launch_bounds__(kPipelineThreads, 1)
   softmax.finish();
   const int row = block.row + own.row;
   const int64_t first = static_cast<int64_t>(block.image) * channels;
-  const float divisors[2] = {Products::divisor(softmax.sum[0]), Products::divisor(softmax.sum[1])};
-  T* to = p.y + first * p.columns;
   if constexpr (kTied) {
+    float divisors[2] = {Products::divisor(softmax.sum[0]), Products::divisor(softmax.sum[1])};
+    const auto store = [&](T* to) {
+      store_rows<Products>(to + first * p.columns, acc, divisors[0], divisors[1],
+                           x.rows_from(own.row), row, channels, p.columns);
+    };
     ring.wait_until_rows_are_free();
-    store_rows<Products>(to, acc, divisors[0], divisors[1], x.rows_from(own.row), row, channels,
-                         p.columns);
+    store(p.y);
+    if (p.y_rest) {
+      keep_rest<T, Products>(acc, divisors);
+      store(p.y_rest);
+    }
   } else {
-    store_tile<Products>(to, acc, divisors[0], divisors[1], row, channels, 0, p.columns);
+    store_result<Products>(p, block.image, acc, softmax, row, 0);
   }
   softmax.store(p.row_max + first, p.row_sum + first, row, channels);
 #endif
@@ -140,85 +146,77 @@ constexpr int kStackedTurn = 64;
 template <bool kTied>
 constexpr int kTurn = kTied ? kStackedTurn : kGroupRows;
 
-template <class T, int kColumns, bool kTied>
+// As many columns as v has, thin or not.
+template <class T, int kColumns>
 struct TermsTiles {
-  static constexpr int kWidth = kConsumerRows, kStages = kTied ? 2 : 3;
-  static constexpr int kValues = kTied ? kColumns : kThin;
-  // Three stages leave no room for rows of v.
-  using X = std::conditional_t<kTied, OwnFirst<T, kWidth, kColumns, kStages, kTurn<kTied>>,
-                               Operand<T, kConsumerRows, kWidth, kColumns, kStages>>;
-  using V = Operand<T, 0, kWidth, kThin, kTied ? 0 : kStages>;
-  using Dy = Operand<T, kConsumerRows, kWidth, kValues, 0, kWidth, kTurn<kTied>>;
-  using Both = Stacked<T, kWidth, kColumns, 0>;
-  static constexpr size_t kSharedBytes = pipeline_bytes<kStages, X, V, Dy>();
+  using Dy = Operand<T, kBlockRows, kBlockRows, kColumns, 0, kBlockRows, kTurn<(kColumns > kThin)>>;
+  using Result = Tile<T, kBlockRows, kColumns>;
+  static constexpr size_t kSharedBytes =
+      pipeline_bytes<0, Dy>() + shared_bytes({Result::kBytes, Result::kBytes});
 };
 
-// A consumer's row sums over kSpan columns of every tile, from `column` on.
-template <int kSpan, class T, class Ring, class X, class Dy, class Values>
-__device__ __forceinline__ void sum_up(RowSums<HalfProducts<T>>& sums, const Ring& ring, const X& x,
-                                       const Dy& dy, int row, const Values& values, int column,
-                                       const Walk& walk, int channels) {
-  constexpr int kWidth = X::Passing::kRows;
-  const auto x_rows = x.rows_from(row);
-  const auto dy_rows = dy.rows_from(row);
-  const Turns turns;
-  for (int i = 0; i < walk.tiles; ++i) {
-    float s[kSpan / 8][4], dp[kSpan / 8][4];
-    ring.wait(i);
-    turns.begin();
-    ptx::wgmma_fence();
-    start_nt(s, x_rows, x[i], column);
-    start_nt(dp, dy_rows, values[i], column);
-    ptx::wgmma_commit();
-    turns.end();
-    ptx::wgmma_wait<0>();
-    ring.release(i);
-    sums.add(s, dp, channels - walk[i] * kWidth - column);
+// Rows of a contiguous matrix, from `row` on, as a tile; zeros beyond its edges. kWhole: they are
+// whole pieces.
+template <bool kWhole, class T, int kRows, int kColumns>
+__device__ __forceinline__ void fill(const Tile<T, kRows, kColumns>& tile, const Matrix<T>& from,
+                                     int row) {
+  using Rows = Tile<T, kRows, kColumns>;
+  const int column = threadIdx.x % 4 * kPiece;
+  for (int r = threadIdx.x / 4; r < kRows; r += kGroupThreads / 4) {
+    const bool exists = row + r < from.rows;
+    const auto* source = reinterpret_cast<const uint16_t*>(from.data) +
+                         (exists ? (row + r) * from.pitch + column : 0);
+    uint64_t pieces[Rows::kPanels];
+#pragma unroll
+    for (int panel = 0; panel < Rows::kPanels; ++panel) {
+      const int first = panel * kPanelColumns;
+      pieces[panel] =
+          exists ? load_piece<kWhole>(source + first, 1, from.columns - column - first) : 0;
+    }
+    unsigned char* target = tile.data + r * kPanelRow + piece_byte(r, column);
+#pragma unroll
+    for (int panel = 0; panel < Rows::kPanels; ++panel)
+      *reinterpret_cast<uint64_t*>(target + panel * Rows::kPanelBytes) = pieces[panel];
   }
-  turns.leave();
 }
 
-template <class T, int kColumns, bool kTied>
-__global__ void __launch_bounds__(kPipelineThreads, 1)
-    sci_wgmma_terms_kernel(const __grid_constant__ Maps maps, TermsParameters<T> p,
-                           RowBlocks blocks) {
+// A block of one warp group for every 64 rows: dY . Y, as wgmma makes dP.
+template <class T, int kColumns>
+__global__ void __launch_bounds__(kGroupThreads)
+    sci_wgmma_terms_kernel(const __grid_constant__ Maps maps, TermsParameters<T> p, int row_blocks,
+                           bool whole) {
 #ifdef CIN_FAST_WGMMA
   follow();
-  using Tiles = TermsTiles<T, kColumns, kTied>;
-  constexpr int kWidth = Tiles::kWidth;
-  const Place block(blocks);
-  const int channels = p.channels;
-  const Walk walk(divide_up(channels, kWidth), kTied ? block.row / kWidth : 0);
+  using Tiles = TermsTiles<T, kColumns>;
+  const Place block(row_blocks, kBlockRows);
   SharedMemory shared;
-  const typename Tiles::X x(shared, maps.x, block.image);
-  const typename Tiles::V v(shared, maps.v, block.image);
   const typename Tiles::Dy dy(shared, maps.dy, block.image);
-  const auto& values = either<kTied>(x, v);
-  const Ring<Tiles::kStages, kTied> ring(shared);
-  if (is_producer()) return produce(ring, block.row, walk, x, v, dy);
-
-  ptx::setmaxnreg_inc<kConsumerRegisters>();
-  const Share own(block);
-  const int row = block.row + own.row;
-  RowSums<HalfProducts<T>> sums(p, block.image, row, channels);
-  ptx::mbarrier_wait(ring.rows_full, 0);
-  if (!block.is_half) {
-    sum_up<kWidth, T>(sums, ring, x, dy, own.row, values, 0, walk, channels);
-  } else {
-    const int column = own.is_second() ? kWidth / 2 : 0;
-    sum_up<kWidth / 2, T>(sums, ring, x, dy, own.row, values, column, walk, channels);
-    const Merger merger(x.stages);
-    merger.meet();
-    if (own.is_second()) {
-      merger.at(0) = sums.delta[0];
-      merger.at(1) = sums.delta[1];
-    }
-    merger.meet();
-    if (own.is_second()) return;
-    sums.delta[0] += merger.at(0);
-    sums.delta[1] += merger.at(1);
+  const typename Tiles::Result y{shared.take<unsigned char>(Tiles::Result::kBytes)};
+  const typename Tiles::Result rest{shared.take<unsigned char>(Tiles::Result::kBytes)};
+  const Ring<0> ring(shared);
+  if (threadIdx.x == 0) {
+    ptx::mbarrier_arrive_expect(ring.rows_full, Tiles::Dy::kRowBytes);
+    dy.load_rows(ring.rows_full, block.row);
   }
-  sums.store(p, block.image, row, channels);
+  const Matrix<T> of_y = p.y.image(block.image), of_rest = p.y_rest.image(block.image);
+  if (whole) {
+    fill<true>(y, of_y, block.row);
+    fill<true>(rest, of_rest, block.row);
+  } else {
+    fill<false>(y, of_y, block.row);
+    fill<false>(rest, of_rest, block.row);
+  }
+  ptx::fence_proxy_async();
+  __syncthreads();
+  ptx::mbarrier_wait(ring.rows_full, 0);
+  float product[kBlockRows / 8][4], delta[2];
+  ptx::wgmma_fence();
+  start_nt(product, dy.rows_from(0), y);
+  start_nt(product, dy.rows_from(0), rest, 0, true);
+  ptx::wgmma_commit();
+  ptx::wgmma_wait<0>();
+  take_diagonal(delta, product);
+  store_terms<HalfProducts<T>>(p, block.image, block.row, delta);
 #endif
 }
 
@@ -348,7 +346,7 @@ cudaError_t wgmma_forward(const Context& context, const Shape& shape, const SciF
 
 template <class T>
 cudaError_t wgmma_backward(const Context& context, const Shape& shape, const SciBackward& a,
-                           const TermsParameters<T>& terms, const BackwardParameters<T>& p) {
+                           RowTerms* terms, const BackwardParameters<T>& p) {
   StackedPanels x_dy{};
   Panels x, v{}, dy;
   const bool tied = !a.v.data;
@@ -362,27 +360,39 @@ cudaError_t wgmma_backward(const Context& context, const Shape& shape, const Sci
     CIN_FAST_RETURN_IF_ERROR(own_panels(context, a.v, shape, p.columns, &v));
     CIN_FAST_RETURN_IF_ERROR(own_panels(context, a.dy, shape, p.columns, &dy));
   }
+  const auto result = [&](const void* data) {
+    return Batch<T>{static_cast<const T*>(data), shape.channels, p.columns, p.columns};
+  };
+  const TermsParameters<T> for_terms{{},        result(a.y), result(a.y_rest), a.row_max,
+                                     a.row_sum, terms,       p.channels};
+  const bool whole = p.columns % kPiece == 0 && starts_on(a.y, 8) && starts_on(a.y_rest, 8);
   return with_columns(shape, tied, [&]<int kColumns, bool kTied>() {
-    const auto start = [&]<class Tiles>(const char* name, auto kernel, const auto& parameters) {
-      Maps maps{};
-      CIN_FAST_RETURN_IF_ERROR(Tiles::X::encode(&maps.x, x));
-      CIN_FAST_RETURN_IF_ERROR(Tiles::V::encode(&maps.v, v));
-      CIN_FAST_RETURN_IF_ERROR(Tiles::Dy::encode(&maps.dy, dy));
-      CIN_FAST_RETURN_IF_ERROR(Tiles::Both::encode(&maps.both, x_dy.both));
-      return launch_balanced(context, shape, name, kernel, Tiles::kSharedBytes, maps, parameters);
-    };
-    CIN_FAST_RETURN_IF_ERROR((start.template operator()<TermsTiles<T, kColumns, kTied>>(
-        "sci_wgmma_terms", sci_wgmma_terms_kernel<T, kColumns, kTied>, terms)));
-    return start.template operator()<BackwardTiles<T, kColumns, kTied>>(
-        "sci_wgmma_backward", sci_wgmma_backward_kernel<T, kColumns, kTied>, p);
+    constexpr int kValues = kTied ? kColumns : kThin;
+    using Terms = TermsTiles<T, kValues>;
+    using Tiles = BackwardTiles<T, kColumns, kTied>;
+    Maps maps{};
+    CIN_FAST_RETURN_IF_ERROR(Terms::Dy::encode(&maps.dy, dy));
+    // All rows that the next kernel's blocks read terms of.
+    const int row_blocks = padded_rows(shape.channels) / kBlockRows;
+    CIN_FAST_RETURN_IF_ERROR(launch<true>(context, "sci_wgmma_terms",
+                                          sci_wgmma_terms_kernel<T, kValues>,
+                                          dim3(shape.batch * row_blocks), kGroupThreads,
+                                          Terms::kSharedBytes, maps, for_terms, row_blocks, whole));
+    CIN_FAST_RETURN_IF_ERROR(Tiles::X::encode(&maps.x, x));
+    CIN_FAST_RETURN_IF_ERROR(Tiles::V::encode(&maps.v, v));
+    CIN_FAST_RETURN_IF_ERROR(Tiles::Dy::encode(&maps.dy, dy));
+    CIN_FAST_RETURN_IF_ERROR(Tiles::Both::encode(&maps.both, x_dy.both));
+    return launch_balanced(context, shape, "sci_wgmma_backward",
+                           sci_wgmma_backward_kernel<T, kColumns, kTied>, Tiles::kSharedBytes, maps,
+                           p);
   });
 }
 
-#define CIN_FAST_WGMMA_SCI(T)                                                           \
-  template cudaError_t wgmma_forward(const Context&, const Shape&, const SciForward&,   \
-                                     const ForwardParameters<T>&);                      \
-  template cudaError_t wgmma_backward(const Context&, const Shape&, const SciBackward&, \
-                                      const TermsParameters<T>&, const BackwardParameters<T>&);
+#define CIN_FAST_WGMMA_SCI(T)                                                                      \
+  template cudaError_t wgmma_forward(const Context&, const Shape&, const SciForward&,              \
+                                     const ForwardParameters<T>&);                                 \
+  template cudaError_t wgmma_backward(const Context&, const Shape&, const SciBackward&, RowTerms*, \
+                                      const BackwardParameters<T>&);
 CIN_FAST_WGMMA_SCI(__nv_bfloat16)
 CIN_FAST_WGMMA_SCI(__half)
 #undef CIN_FAST_WGMMA_SCI

@@ -48,15 +48,16 @@ struct Tile {
   }
 };
 
-// s (64 x 8 N) = the first 64 of `rows` times 8 N of `columns`, from `column` on, transposed. Ends
-// when wgmma_wait says so.
+// s (64 x 8 N) = the first 64 of `rows` times 8 N of `columns`, from `column` on, transposed; or +=
+// that. Ends when wgmma_wait says so.
 template <int N, class T, int kRows, int kWidth, int kColumns>
 __device__ __forceinline__ void start_nt(float (*s)[4], const Tile<T, kRows, kColumns>& rows,
-                                         const Tile<T, kWidth, kColumns>& columns, int column = 0) {
+                                         const Tile<T, kWidth, kColumns>& columns, int column = 0,
+                                         bool add = false) {
 #pragma unroll
   for (int step = 0; step < kColumns / 16; ++step)
     ptx::wgmma_ss<T, 8 * N>(s, rows.along_rows(0, step), columns.along_rows(column, step),
-                            step > 0);
+                            add || step > 0);
 }
 
 template <int N, class... Operands>

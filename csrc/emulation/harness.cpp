@@ -56,23 +56,25 @@ cin_fast::Rows rows_of(const EmulationCall& call) {
 }  // namespace
 
 extern "C" int emulated_sci_forward(const EmulationCall* call, const void* x, const long* x_strides,
-                                    const void* v, const long* v_strides, void* y, float* row_max,
-                                    float* row_sum) {
+                                    const void* v, const long* v_strides, void* y, void* y_rest,
+                                    float* row_max, float* row_sum) {
   Workspace workspace;
-  return cin_fast::sci_forward(context_of(workspace, *call), cin_fast::Dtype(call->dtype),
-                               shape_of(*call), call->scale,
-                               {view(x, x_strides), view(v, v_strides), y, row_max, row_sum});
+  return cin_fast::sci_forward(
+      context_of(workspace, *call), cin_fast::Dtype(call->dtype), shape_of(*call), call->scale,
+      {view(x, x_strides), view(v, v_strides), y, y_rest, row_max, row_sum});
 }
 
 extern "C" int emulated_sci_backward(const EmulationCall* call, const void* dy,
                                      const long* dy_strides, const void* x, const long* x_strides,
-                                     const void* v, const long* v_strides, const float* row_max,
-                                     const long*, const float* row_sum, const long*, void* dx,
-                                     void* dv) {
+                                     const void* v, const long* v_strides, const void* y,
+                                     const long*, const void* y_rest, const long*,
+                                     const float* row_max, const long*, const float* row_sum,
+                                     const long*, void* dx, void* dv) {
   Workspace workspace;
-  return cin_fast::sci_backward(
-      context_of(workspace, *call), cin_fast::Dtype(call->dtype), shape_of(*call), call->scale,
-      {view(dy, dy_strides), view(x, x_strides), view(v, v_strides), row_max, row_sum, dx, dv});
+  return cin_fast::sci_backward(context_of(workspace, *call), cin_fast::Dtype(call->dtype),
+                                shape_of(*call), call->scale,
+                                {view(dy, dy_strides), view(x, x_strides), view(v, v_strides), y,
+                                 y_rest, row_max, row_sum, dx, dv});
 }
 
 extern "C" int emulated_cci_forward(const EmulationCall* call, const void* x, const long* x_strides,
