@@ -31,11 +31,6 @@ class Answer:
     both: dict[str, float]
     mebibytes: dict[str, float]
 
-    @property
-    def is_compared(self) -> bool:
-        """Whether what runs by itself and eager PyTorch were both measured."""
-        return self.chosen in self.both and "eager" in self.both
-
 
 @dataclass(frozen=True)
 class BackendRun:
@@ -81,26 +76,13 @@ def _answer(row: dict[str, Any]) -> Answer:
     )
 
 
-def readme_paragraphs(run: BackendRun, where: str) -> list[str]:
-    """What the README says of it: what runs by itself beside eager PyTorch, dense ``sci`` alone."""
-    answers = [
-        one for one in run.answers if one.is_compared and one.title.startswith("dense `sci`")
-    ]
-    header = ("", "runs by itself", "forward", "forward + backward", "peak MiB, ours / eager")
-    rows = [
-        (one.title, one.chosen, *(_times(way, one.chosen) for way in (one.forward, one.both)),
-         f"{one.mebibytes[one.chosen]:.0f} / {one.mebibytes['eager']:.0f}")
-        for one in answers
-    ]  # fmt: skip
-    return [
-        "How many times as fast as eager PyTorch, on the same GPU:",
-        markdown(header, rows),
-        (
-            f"{_HOW} {_commits(run)} Thin `sci`, `cci`, and every backend beside the others: "
-            "[docs/kernels.md](docs/kernels.md#which-backend-where), "
-            f"[{where}/{FILE}]({where}/{FILE}). To repeat: `python bench/backends.py`."
-        ),
-    ]
+def peaks(run: BackendRun) -> dict[str, str]:
+    """MiB that calls in both directions hold, of what runs by itself and of eager PyTorch."""
+    return {
+        one.title: f"{one.mebibytes[one.chosen]:.0f} / {one.mebibytes['eager']:.0f}"
+        for one in run.answers
+        if {one.chosen, "eager"} <= one.mebibytes.keys()
+    }
 
 
 def kernels_paragraphs(run: BackendRun, where: str) -> list[str]:
@@ -119,10 +101,6 @@ def _both(answer: Answer, name: str) -> str:
     if name not in answer.both:
         return "-"
     return f"{answer.forward[name]:.3f} / {answer.both[name]:.3f}"
-
-
-def _times(seconds: dict[str, float], chosen: str) -> str:
-    return f"{seconds['eager'] / seconds[chosen]:.2f}"
 
 
 def _commits(run: BackendRun) -> str:

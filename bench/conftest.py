@@ -30,9 +30,9 @@ TAPE = Tape()
 _SHARES = {
     "sci": (7, 11),
     "head": (13, 36),
+    "cci": (5, 10),
     "pair_head": (30, 30),
     "models": (35, 62),
-    "cci": (5, 10),
     "cpu_targets": (10, 30),
     "scaling": (4, 4),
     "loading": (15, 15),

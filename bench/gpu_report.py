@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from results_file import ATTENTION
 
 OURS = ("triton", "cuda")
 _NO_RIVAL = (*OURS, "matmul", "cpu", "reference")
@@ -59,10 +61,22 @@ class Group:
 
     @property
     def ratio(self) -> str:
-        """How many times as fast ours is, by medians."""
-        if not self.ours or not self.rival:
+        """How many times as fast as the fastest rival ours is, by medians."""
+        return self.times(self.rival) if self.ours else "-"
+
+    def row(self, peaks: Mapping[str, str]) -> tuple[str, ...]:
+        """Of the README's table; ``peaks`` says what calls in both directions hold."""
+        attention = self._fastest(*ATTENTION)
+        rivals = (self.times(name) for name in ("eager", "compiled", attention))
+        what = self.title.partition(",")[0]
+        peak = peaks.get(f"{what}, {self.shape}, {self.dtype}", "-")
+        return self.title, "GPU", self.ours, *rivals, peak if "backward" in self.title else "-"
+
+    def times(self, name: str) -> str:
+        """How many times as fast as that one ours is; ``-`` if it was not measured."""
+        if name not in self.seconds:
             return "-"
-        return f"{self.seconds[self.rival] / self.seconds[self.ours]:.2f}"
+        return f"{self.seconds[name] / self.seconds[self.ours]:.2f}"
 
     def milliseconds(self, name: str) -> str:
         """The median of one; ``-`` if it was not measured."""
@@ -138,13 +152,15 @@ def _best(parts: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, float
     return best
 
 
-def machine_line(run: GpuRun) -> str:
-    """Device, driver, versions, commit, and what was measured of the device in the same run."""
+def machine_line(run: GpuRun, commits: Sequence[str] = ()) -> str:
+    """Device, driver, versions, commit (or those given), and what was measured of the device in the
+    same run."""
     about, versions = run.about, run.about["versions"]
+    named = dict.fromkeys(short_commit(commit) for commit in commits or [about["commit"]])
     line = (
         f"{about['device']}, driver {about['driver']}; torch {versions['torch']}, triton "
         f"{versions['triton']}, CUDA {versions['cuda (torch)']}; cin_fast "
-        f"{short_commit(about['commit'])}, {about['date']}"
+        f"{', '.join(named)}, {about['date']}"
     )
     return f"{line}; measured in the same run: {ceilings(run)}." if run.ceilings else f"{line}."
 
@@ -175,44 +191,12 @@ def table(run: GpuRun) -> str:
     return markdown(header, rows)
 
 
-def short_table(run: GpuRun) -> str:
-    """The fastest rival beside the faster of ours."""
-    header = ("", "fastest rival, ms", "ours, ms", "times as fast")
-    rows = [
-        (group.title, group.named(group.rival), group.named(group.ours), group.ratio)
-        for group in run.groups
-    ]
-    return markdown(header, rows)
-
-
 def markdown(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     """A table whose first column is text; empty without rows."""
     if not rows:
         return ""
     rule = ("---", *("---:" for _ in header[1:]))
     return "\n".join(f"| {' | '.join(row)} |" for row in (header, rule, *rows))
-
-
-def readme_paragraphs(run: GpuRun, where: str) -> list[str]:
-    """What the README says of a GPU; ``where`` is its folder."""
-    shapes = ", ".join(dict.fromkeys(group.shape for group in run.groups))
-    medians = (
-        f"Medians, L2 emptied before every call; {shapes}. Every rival and how" if shapes else "How"
-    )
-    failed = [
-        f"{one['name']} ({one['summary']}{_at(one)})"
-        for one in run.steps
-        if one["status"] != "passed"
-    ]
-    return [
-        f"On a GPU: {machine_line(run)}",
-        short_table(run),
-        (
-            f"{medians} each step ended: [docs/kernels.md](docs/kernels.md#measured) and "
-            f"[{where}/gpu.json]({where}/gpu.json); not passed: {', '.join(failed) or 'none'}. "
-            "To repeat: `make gpu` (at most 9 minutes)."
-        ),
-    ]
 
 
 def kernels_paragraphs(run: GpuRun, where: str) -> list[str]:

@@ -77,18 +77,6 @@ def _group(case: Case, row: dict[str, Any], direction: str = "both") -> str:
     return f"{thin}{row['operator']}: {replace(case, backward=direction == 'both').group}"
 
 
-def readme_paragraphs(run: KernelRun, where: str) -> list[str]:
-    """What the README says of it; ``where`` is its folder."""
-    return [
-        gpu_report.short_table(run),
-        (
-            f"Medians, L2 emptied before every call; {_shape(run)}. "
-            f"{_where_from(run, fastest=True)} {_without_rival(run)} Kernel by kernel: "
-            f"[{where}/{FILE}]({where}/{FILE}). To repeat: `python bench/kernel_times.py`."
-        ),
-    ]
-
-
 def kernels_paragraphs(run: KernelRun, where: str) -> list[str]:
     """What docs/kernels.md says of it: whole calls, then the kernels that they are made of."""
     return [
@@ -124,12 +112,9 @@ def _shape(run: KernelRun) -> str:
     return f"{', '.join(shapes)}; measured with them: {gpu_report.ceilings(run)}"
 
 
-def _where_from(run: KernelRun, *, fastest: bool = False) -> str:
-    shown = {name for group in run.groups for name in (group.rival, group.ours)}
+def _where_from(run: KernelRun) -> str:
     names: dict[str, list[str]] = {}
     for name, commit in run.commits.items():
-        if fastest and name not in shown:
-            continue
         names.setdefault(short_commit(commit), []).append(name)
     parts = [f"{', '.join(some)} at {commit}" for commit, some in names.items()]
     return f"Commits: {'; '.join(parts)}."

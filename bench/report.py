@@ -1,9 +1,9 @@
 """From the JSON of a benchmark run to tables and plots: ``python bench/report.py RUN.json``.
 
-Writes ``results.json`` (every round), ``README.md`` (the full table), ``time.png`` and
-``roofline.png`` into ``bench/results/MACHINE/``. ``--readme`` writes the performance section of
-the README from what bench/results holds, with or without a new run. ``--gpu`` prints the table of
-a ``gpu.json`` (``make gpu``), and writes that section and the one of docs/kernels.md.
+Writes ``results.json`` (every round), ``README.md`` (every table), ``time.png`` and
+``roofline.png`` into ``bench/results/MACHINE/``. ``--readme`` writes the README's table from what
+bench/results holds, with or without a new run. ``--gpu`` prints the table of a ``gpu.json``
+(``make gpu``), and writes the README's and the section of docs/kernels.md.
 """
 
 from __future__ import annotations
@@ -46,6 +46,12 @@ RESULTS = ROOT / "bench" / "results"
 NOTHING = """No table stands here until one is committed from a machine that did nothing else;
 `make bench` takes about ten minutes, and `make bench-report` writes this section from it."""
 NO_GPU = "No GPU has been measured yet."
+HEADER = ("", "on", "backend", "eager", "`torch.compile`", "attention", "peak MiB, ours / eager")
+_WHAT_IS_COMPARED = """How many times as fast as PyTorch users' own: eager (bmm, softmax, bmm; whole
+heads with convolution and mean), `torch.compile` of it, and the fastest attention over channels
+(`scaled_dot_product_attention`, which gives the same numbers as `(-x, x, x, scale=1)`, its backends
+and FlexAttention). Medians of ResNet-50's map at 448 px, on the CPU in float32, where nothing else
+is said; - where a rival cannot express it or was not measured."""
 
 
 @dataclass(frozen=True)
@@ -96,8 +102,8 @@ def machine_line(run: Run) -> str:
     )
 
 
-def full_table(run: Run) -> str:
-    """Everything, a section a group."""
+def full_table(run: Run, targets: dict[str, Any] | None = None) -> str:
+    """Everything, a section a group; before them what the CPU backend was to reach, and did."""
     lines = [
         "# Benchmarks",
         "",
@@ -106,12 +112,19 @@ def full_table(run: Run) -> str:
         f"Command: `{run.machine['command']}`. {_HOW_TO_READ}",
         "",
         *seconds_by_subject(run),
+        *_paragraph(overheads(run)),
+        *(_paragraph(targets_caption(targets)) if targets else []),
+        *(_paragraph(targets_table(targets)) if targets else []),
     ]
     groups = dict.fromkeys([*run.groups(), *(one["group"] for one in run.left_out)])
     for group in groups:
         members = run.groups().get(group, [])
         lines += [f"## {group}", "", *_members(run, members), *_left_out(run, group, members), ""]
     return "\n".join(lines)
+
+
+def _paragraph(text: str) -> list[str]:
+    return [text, ""] if text else []
 
 
 def seconds_by_subject(run: Run) -> list[str]:
@@ -156,22 +169,19 @@ def _left_out(run: Run, group: str, members: Sequence[Result]) -> list[str]:
     return ["", *reasons] if reasons and members else reasons
 
 
-def short_table(run: Run) -> str:
-    """How many times as fast as each main rival: what the README quotes."""
-    lines = [
-        "| | backend | eager | `torch.compile` | attention | peak MiB, ours / eager |",
-        "| --- | --- | ---: | ---: | ---: | ---: |",
-    ]
+def cpu_rows(run: Run) -> list[tuple[str, ...]]:
+    """Rows of the README's table: how many times as fast as each main rival."""
+    rows = []
     for line in LINES:
         for group, members in run.groups().items():
             if group.startswith(f"{line.subject}: {line.case} ") and group.endswith(
                 f" {line.ending}"
             ):
-                lines += _short_row(line, members)
-    return "\n".join(lines)
+                rows += _cpu_row(line, members)
+    return rows
 
 
-def _short_row(line: Line, members: Sequence[Result]) -> list[str]:
+def _cpu_row(line: Line, members: Sequence[Result]) -> list[tuple[str, ...]]:
     names = {member.rival: member for member in members}
     whole = line.subject == "models"
     ours = names.get(_OURS_WHOLE) if whole else fastest(m for m in members if m.rival in OURS)
@@ -182,8 +192,7 @@ def _short_row(line: Line, members: Sequence[Result]) -> list[str]:
         return []
     cells = [_times(ours, rival) for rival in rivals]
     memory = "-" if eager is None else f"{_mib(ours)} / {_mib(eager)}"
-    backend = "" if whole else ours.rival
-    return [f"| {line.title} | {backend} | {' | '.join(cells)} | {memory} |"]
+    return [(line.title, "CPU", "" if whole else ours.rival, *cells, memory)]
 
 
 def _times(ours: Result, rival: Result | None) -> str:
@@ -209,6 +218,16 @@ def overheads(run: Run) -> str:
     return "\n".join(found)
 
 
+def targets_caption(targets: dict[str, Any]) -> str:
+    """Where and when they were measured."""
+    commits = ", ".join(sorted({row["commit"] for row in targets["targets"]}))
+    return (
+        f"The CPU backend against its targets: {targets['machine']}, torch "
+        f"{targets['versions']['torch']}, cin_fast {commits}. To repeat: `make bench`, or "
+        "`pytest bench/bench_cpu_targets.py --benchmark-only` for these rows alone."
+    )
+
+
 def targets_table(targets: dict[str, Any]) -> str:
     """What cpu_targets.json holds: the CPU backend against its targets."""
     lines = [
@@ -225,18 +244,53 @@ def targets_table(targets: dict[str, Any]) -> str:
 
 
 def readme_section(results: Path) -> str:
-    """What stands between the README's marks: every machine's folder in ``results``, of GPUs the
-    newest."""
-    parts = [part for folder in sorted(results.glob("*/")) for part in _machine_section(folder)]
-    gpus = sorted(results.glob("*/gpu.json"), key=_age)[-1:]
-    gpu = [part for path in gpus for part in _gpu_paragraphs(path, "readme_paragraphs")]
-    return _section([*(parts or [NOTHING]), *(gpu or [NO_GPU])])
+    """What stands between the README's marks: one table, of the newest run on a CPU and on a GPU
+    in ``results``."""
+    rows, machines = [], []
+    for path in sorted(results.glob("*/results.json"), key=lambda path: load(path).datetime)[-1:]:
+        run, where = load(path), f"bench/results/{path.parent.name}/README.md"
+        rows += cpu_rows(run)
+        machines.append(
+            f"CPU: {machine_line(run)} Every time and spread, targets, whole models: [{where}]"
+            f"({where}). To repeat: `make bench` (at most 10 minutes on 2 cores), then `make "
+            "bench-report`."
+        )
+    for path in sorted(results.glob("*/gpu.json"), key=_age)[-1:]:
+        of_gpu, line = _gpu_rows(path)
+        rows += of_gpu
+        machines.append(
+            f"GPU: {line} Every rival, how each step of the run ended, and where which backend is "
+            "the fastest, eager PyTorch among them: [docs/kernels.md](docs/kernels.md#measured). "
+            "To repeat: `make gpu` (at most 9 minutes)."
+        )
+    notes = [
+        *([] if any(row[1] == "CPU" for row in rows) else [NOTHING]),
+        *([] if any(line.startswith("GPU") for line in machines) else [NO_GPU]),
+    ]
+    table = gpu_report.markdown(HEADER, rows)
+    return _section([_WHAT_IS_COMPARED if table else "", table, *machines, *notes])
+
+
+def _gpu_rows(path: Path) -> tuple[list[tuple[str, ...]], str]:
+    """Rows of the README's table from a GPU's files, and what they were measured on."""
+    run = gpu_report.load(path)
+    groups, commits = {group.title: group for group in run.groups}, [run.about["commit"]]
+    peaks: dict[str, str] = {}
+    if path.with_name(kernel_report.FILE).exists():
+        kernels = kernel_report.load(path.with_name(kernel_report.FILE))
+        # Whole calls of both directions, which a benchmark that was cut short lacks.
+        groups = {group.title: group for group in kernels.groups if group.rival} | groups
+        commits += kernels.commits.values()
+    if path.with_name(backend_report.FILE).exists():
+        peaks = backend_report.peaks(backend_report.load(path.with_name(backend_report.FILE)))
+    line = gpu_report.machine_line(run, commits)
+    return [group.row(peaks) for group in groups.values() if group.ours and group.rival], line
 
 
 def kernels_section(results: Path) -> str:
     """What stands between the marks of docs/kernels.md, from every GPU's folder, newest first."""
     gpus = sorted(results.glob("*/gpu.json"), key=_age, reverse=True)
-    parts = [part for path in gpus for part in _gpu_paragraphs(path, "kernels_paragraphs")]
+    parts = [part for path in gpus for part in _gpu_paragraphs(path)]
     return _section(parts or [NO_GPU])
 
 
@@ -245,8 +299,8 @@ def _age(path: Path) -> tuple[str, str]:
     return gpu_report.load(path).about["date"], path.parent.name
 
 
-def _gpu_paragraphs(path: Path, which: str) -> list[str]:
-    """Of a GPU's files those that are there, each by its module's function of that name."""
+def _gpu_paragraphs(path: Path) -> list[str]:
+    """Of a GPU's files those that are there, each by its module."""
     where = f"bench/results/{path.parent.name}"
     found = []
     for module, name in (
@@ -256,54 +310,12 @@ def _gpu_paragraphs(path: Path, which: str) -> list[str]:
     ):
         if path.with_name(name).exists():
             run = module.load(path.with_name(name))  # type: ignore[attr-defined]
-            found += getattr(module, which)(run, where)
+            found += module.kernels_paragraphs(run, where)  # type: ignore[attr-defined]
     return found
 
 
 def _section(paragraphs: Sequence[str]) -> str:
     return "\n".join([BEGIN, "\n\n".join(filter(None, paragraphs)), END])
-
-
-def _machine_section(folder: Path) -> list[str]:
-    """Paragraphs, some of which may be empty."""
-    parts = []
-    kept, targets = folder / "results.json", folder / "cpu_targets.json"
-    if kept.exists():
-        parts += _run_section(load(kept), f"bench/results/{folder.name}")
-    if targets.exists():
-        found = json.loads(targets.read_text())
-        commits = ", ".join(sorted({row["commit"] for row in found["targets"]}))
-        parts += [
-            (
-                f"The CPU backend against its targets: {found['machine']}, torch "
-                f"{found['versions']['torch']}, cin_fast {commits}. To repeat: `make bench`, or "
-                "`pytest bench/bench_cpu_targets.py --benchmark-only` for these rows alone."
-            ),
-            targets_table(found),
-        ]
-    return parts
-
-
-def _run_section(run: Run, where: str) -> list[str]:
-    return [
-        (
-            "How many times as fast as each rival, medians of interleaved rounds in one process. "
-            f"{machine_line(run)}"
-        ),
-        short_table(run),
-        overheads(run),
-        (
-            "ResNet-50's map at 448 px where none is named. Eager is bmm, softmax, bmm (whole "
-            "heads: with convolution and mean); attention is the fastest of "
-            "`scaled_dot_product_attention` over channels (the same numbers as `(-x, x, x, "
-            "scale=1)`) and, on a GPU, its backends and FlexAttention; - where a rival cannot "
-            "express it or was left out. Times, spreads, reasons: "
-            f"[{where}]({where}/README.md). To repeat: `make bench` (at most 10 minutes on 2 "
-            "cores), then `make bench-report`; one subject alone: `pytest bench/ --benchmark-only "
-            "-k cci`; `CIN_FAST_BENCH_SECONDS=1800` in front takes more shapes along, and "
-            "`make bench-quick` small shapes in 2 minutes."
-        ),
-    ]
 
 
 def replace_section(text: str, section: str, name: str = "README.md") -> str:
@@ -326,7 +338,10 @@ def write(run: Run, folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     files = [folder / "results.json", folder / "README.md"]
     save(run, files[0])
-    files[1].write_text(full_table(run))
+    targets = folder / "cpu_targets.json"
+    files[1].write_text(
+        full_table(run, json.loads(targets.read_text()) if targets.exists() else None)
+    )
     if any(scaling_axis(result.group) for result in run.results):
         draw_times(run, folder / "time.png")
         draw_roofline(run, folder / "roofline.png")

@@ -121,19 +121,19 @@ ROWS = (
 )  # fmt: skip
 
 
-def test_the_short_table_gives_ratios_of_rounds_to_each_rival(bench):
+def test_the_readme_gives_ratios_of_rounds_to_each_rival(bench):
     run = bench("results_file").from_benchmark(make_run(*ROWS))
-    (row,) = bench("report").short_table(run).splitlines()[2:]
-    assert row == "| dense `sci`, forward | cpu | 4.00 | - | 3.00 | 1 / 1 |"
+    (row,) = bench("report").cpu_rows(run)
+    assert row == ("dense `sci`, forward", "CPU", "cpu", "4.00", "-", "3.00", "1 / 1")
 
 
-def test_the_short_table_leaves_out_what_was_compared_with_nobody(bench):
+def test_the_readme_leaves_out_what_was_compared_with_nobody(bench):
     alone = SCI.replace("forward", "forward + backward")
     run = bench("results_file").from_benchmark(
         make_run(*ROWS, (alone, "cpu", [1e-3]), (alone, "reference", [1e-3]))
     )
-    (row,) = bench("report").short_table(run).splitlines()[2:]
-    assert row.startswith("| dense `sci`, forward |")
+    (row,) = bench("report").cpu_rows(run)
+    assert row[0] == "dense `sci`, forward"
 
 
 def test_the_full_table_gives_times_shares_and_reasons(bench, tmp_path):
@@ -147,6 +147,30 @@ def test_the_full_table_gives_times_shares_and_reasons(bench, tmp_path):
     assert "- flex: needs a CUDA device" in full
     assert "A box, 2 processors; torch 1, triton 2, CUDA none; cin_fast abc, 2026-01-02" in full
     assert results.load(tmp_path / "results.json") == run
+    section = report.readme_section(tmp_path.parent)
+    assert "| dense `sci`, forward | CPU | cpu | 4.00 | - | 3.00 | 1 / 1 |" in section
+    assert report.NO_GPU in section
+
+
+def test_the_full_table_begins_with_the_targets(bench, tmp_path):
+    report = bench("report")
+    row = {"name": "dense", "rival": "sdpa", "ratio": 1.5, "must": 2, "aim": 3, "overhead": False,
+           "verdict": "missed", "commit": "abc"}  # fmt: skip
+    targets = {"machine": "A box", "versions": {"torch": "1"}, "targets": [row]}
+    (tmp_path / "cpu_targets.json").write_text(json.dumps(targets))
+    report.write(bench("results_file").from_benchmark(make_run(*ROWS)), tmp_path)
+    full = (tmp_path / "README.md").read_text()
+    line = full.index("| dense | sdpa | 1.50 | ≥ 2.00 | ≥ 3.00 | missed |")
+    assert line < full.index("## sci:")
+
+
+def test_the_committed_tables_are_of_the_committed_results(bench, repository):
+    report, results = bench("report"), bench("results_file")
+    for kept in (repository / "bench" / "results").glob("*/results.json"):
+        targets = kept.with_name("cpu_targets.json")
+        found = json.loads(targets.read_text()) if targets.exists() else None
+        full = report.full_table(results.load(kept), found)
+        assert kept.with_name("README.md").read_text() == full
 
 
 def test_the_ratio_is_not_moved_by_a_machine_that_slows_down(bench):
@@ -164,8 +188,9 @@ def test_models_refer_to_the_plain_backbone(bench):
         make_run((group, "vgg19", [1e-3]), (group, "resnet50", [2e-3]),
                  (group, "resnet50-cin", [3e-3]), (group, "resnet50-cin-naive", [4.5e-3]))
     )  # fmt: skip
-    assert "vgg19 0.500, resnet50-cin 1.500" in bench("report").overheads(run)
-    assert "| inference, ResNet-50 + CIN |  | 1.50 | - | - |" in bench("report").short_table(run)
+    assert "vgg19 0.500, resnet50-cin 1.500" in bench("report").full_table(run)
+    (row,) = bench("report").cpu_rows(run)
+    assert row[:6] == ("inference, ResNet-50 + CIN", "CPU", "", "1.50", "-", "-")
 
 
 @pytest.mark.parametrize("run", [None, "{}", '{"benchmarks": []}'])

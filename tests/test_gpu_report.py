@@ -94,9 +94,9 @@ def test_the_gpu_report_writes_both_documents(bench, gpu_results, monkeypatch, c
     assert report.main(["--gpu", str(gpu_results)]) == 0
     assert "1.0000 (sdpa-flash) | 0.8000 | 0.5000" in capsys.readouterr().out
     readme, kernels = ((folder / f"{name}.md").read_text() for name in ("README", "KERNELS"))
-    row = "| dense `sci`, bfloat16, forward | 1.0000 (sdpa-flash) | 0.5000 (cuda) | 2.00 |"
+    row = "| dense `sci`, bfloat16, forward | GPU | cuda | 4.00 | - | 2.00 | - |"
     assert row in readme
-    assert "A GPU, driver 5; torch 1" in readme
+    assert "GPU: A GPU, driver 5; torch 1" in readme
     assert report.NO_GPU not in readme + kernels
     assert "| 0.8000 | 0.5000 | 2.00 | 25% |" in kernels
     assert kernels.startswith("before\n")
@@ -138,14 +138,9 @@ def kernel_results(gpu_results):
 
 
 def test_kernel_times_stand_beside_the_fastest_rival(bench, kernel_results):
-    report = bench("report")
-    readme, kernels = (
-        section(kernel_results.parent.parent).splitlines()
-        for section in (report.readme_section, report.kernels_section)
-    )
+    text = bench("report").kernels_section(kernel_results.parent.parent)
+    kernels = text.splitlines()
     title = "| dense `sci`, bfloat16, forward + backward | 0.9000 (sdpa-cudnn)"
-    assert f"{title} | 0.6000 (cuda) | 1.50 |" in readme
-    assert "| thin `sci`, bfloat16, forward | - | 0.0500 (cuda) | - |" in readme
     # 1.2e11 operations in 0.6 ms of 8e14 a second.
     assert f"{title} | - | 0.6000 | 1.50 | 25% |" in kernels
     assert kernels[kernels.index("|  | kernel | launches | us |") + 2 : -1] == [
@@ -153,16 +148,21 @@ def test_kernel_times_stand_beside_the_fastest_rival(bench, kernel_results):
         "| dense `sci`, cuda | `rows` | 3 | 50.0 |",
         "| thin `sci`, cuda | `thin_rows` | 1 | 25.0 |",
     ]  # fmt: skip
-    for lines, commits in (
-        (readme, f"Commits: sdpa-cudnn at {'b' * 12}; cuda at {'a' * 12}. No rival was measured"),
-        (kernels, f"Commits: sdpa-cudnn, eager at {'b' * 12}; cuda at {'a' * 12}."),
-    ):
-        text = "\n".join(lines)
-        assert commits in text
-        assert "No rival was measured for thin `sci`." in text
-        assert "bfloat16 product 800 TFLOP/s, copy 3000 GB/s" in text
+    assert f"Commits: sdpa-cudnn, eager at {'b' * 12}; cuda at {'a' * 12}." in text
+    assert "No rival was measured for thin `sci`." in text
+    assert "bfloat16 product 800 TFLOP/s, copy 3000 GB/s" in text
     reason = "resnet50-448 B20 C2048 L196 bfloat16 forward + backward): no kernel"
     assert f"- Left out: sdpa-flash (sci: {reason}" in kernels
+
+
+def test_the_readme_has_whole_calls_that_had_a_rival(bench, kernel_results):
+    readme = bench("report").readme_section(kernel_results.parent.parent)
+    title = "dense `sci`, bfloat16, forward"
+    # Of the benchmark; of the whole calls, which the benchmark lacks.
+    assert f"| {title} | GPU | cuda | 4.00 | - | 2.00 | - |" in readme
+    assert f"| {title} + backward | GPU | cuda | 5.00 | - | 1.50 | - |" in readme
+    assert "thin `sci`" not in readme
+    assert f"cin_fast abc, {'b' * 12}, {'a' * 12}, 2026-01-02" in readme
 
 
 def make_backend_run():
@@ -186,19 +186,16 @@ def make_backend_run():
     }
 
 
-def test_backends_stand_beside_each_other_and_eager(bench, gpu_results):
-    gpu_results.with_name("backends.json").write_text(json.dumps(make_backend_run()))
-    report = bench("report")
-    readme, kernels = (
-        section(gpu_results.parent.parent)
-        for section in (report.readme_section, report.kernels_section)
-    )
+def test_backends_stand_beside_each_other_and_eager(bench, kernel_results):
+    kernel_results.with_name("backends.json").write_text(json.dumps(make_backend_run()))
+    report, results = bench("report"), kernel_results.parent.parent
+    kernels = report.kernels_section(results)
     shape = "dense `sci`, resnet50-448 B20 C2048 L196"
-    assert f"| {shape}, bfloat16 | cuda | 4.00 | 4.00 | 65 / 687 |" in readme
-    assert "float32" not in readme.partition("runs by itself")[2].partition("To repeat")[0]
     assert f"| {shape}, bfloat16 | 0.125 / 0.500 | - | - | 0.500 / 2.000 | cuda |" in kernels
     assert f"| {shape}, float32, TF32 | - | 3.000 / 12.000 | - | - | matmul |" in kernels
     assert f"cuda, eager at {'c' * 12}; triton at {'d' * 12}." in kernels
+    readme = report.readme_section(results)
+    assert "forward + backward | GPU | cuda | 5.00 | - | 1.50 | 65 / 687 |" in readme
 
 
 def test_the_readme_has_the_newest_gpu_and_the_document_all(bench, gpu_results):
@@ -224,8 +221,7 @@ def test_a_gpu_run_without_medians_shows_its_steps_alone(bench, gpu_results):
     assert "|" not in kernels
     assert "Medians" not in kernels
     readme = report.readme_section(gpu_results.parent.parent)
-    assert "not passed: bench sci (2 passed), bench head (2 passed)" in readme
-    assert "Medians" not in readme
+    assert "GPU: A GPU" in readme
     assert "|" not in readme
 
 

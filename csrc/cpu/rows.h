@@ -109,12 +109,13 @@ inline void results(const float* acc, int64_t ld, int64_t rows, int64_t cols, co
                     void* y, void* rest) {
   for (int64_t r = 0; r < rows; r++) {
     Element* to = static_cast<Element*>(y) + r * cols;
-    Element* rest_to = static_cast<Element*>(rest) + r * cols;
     const Vec divisor = splat(sum ? sum[r] : 1.0f);
     for (int64_t j = 0; j < cols; j += kWidth) {
       const Vec values = load(acc + r * ld + j) / divisor;
       store_results(to + j, cols - j, values);
-      if (rest) store_results(rest_to + j, cols - j, values - rounded(values));
+      if (!rest) continue;
+      Element* rest_to = static_cast<Element*>(rest) + r * cols;
+      store_results(rest_to + j, cols - j, values - rounded(values));
     }
   }
 }
