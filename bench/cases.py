@@ -10,7 +10,7 @@ import torch
 QUICK = os.environ.get("CIN_FAST_BENCH_QUICK", "") not in ("", "0")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # Of the 120 or 600 s that a run may take; the rest is for starting, and for what overruns.
-SECONDS = float(os.environ.get("CIN_FAST_BENCH_SECONDS", "85" if QUICK else "530"))
+SECONDS = float(os.environ.get("CIN_FAST_BENCH_SECONDS", "85" if QUICK else "520"))
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 _GPU = DEVICE.type == "cuda"
