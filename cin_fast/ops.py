@@ -8,7 +8,7 @@ backend's forward leaves for its own backward: no other code reads them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -380,27 +380,48 @@ def _tap_means_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> Non
     ctx.height, ctx.width = inputs[0].shape[-2:]
 
 
-def _sci_gradient(backend: str) -> Any:
+def _values_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.scale = inputs
+    ctx.save_for_backward(*tensors)
+
+
+# Of a forward operator's saved tensors, inputs first and outputs then, and of dy: its gradients.
+_Formula = Callable[[Sequence[Any], float, Tensor], tuple[Any, ...]]
+
+
+def _sci_formula(backend: str) -> _Formula:
     # The definition's can itself be differentiated, which an operator's cannot.
     own = backend == "reference"
     compute = _REFERENCE["sci_backward"] if own else _op(backend, "sci_backward")
 
-    def gradient(ctx: Any, dy: Tensor, *_: Any) -> tuple[Any, ...]:
-        x, v, *kept = ctx.saved_tensors
-        dx, dv = compute(dy, x, v, *kept, ctx.scale)
-        return dx, None if v is None else dv, None
+    def formula(saved: Sequence[Any], scale: float, dy: Tensor) -> tuple[Any, ...]:
+        dx, dv = compute(dy, *saved, scale)
+        return dx, None if saved[1] is None else dv, None
 
-    return gradient
+    return formula
 
 
-def _cci_gradient(backend: str) -> Any:
+def _cci_formula(backend: str) -> _Formula:
     own = backend == "reference"
     compute = _REFERENCE["cci_backward"] if own else _op(backend, "cci_backward")
 
-    def gradient(ctx: Any, dy: Tensor, *_: Any) -> tuple[Any, ...]:
-        x, partner, eta, v, y, b, row_max, row_sum = ctx.saved_tensors
-        dx, deta, dv = compute(dy, x, partner, eta, v, y, b, row_max, row_sum, ctx.scale)
-        return dx, None, deta, None if v is None else dv, None
+    def formula(saved: Sequence[Any], scale: float, dy: Tensor) -> tuple[Any, ...]:
+        dx, deta, dv = compute(dy, *saved, scale)
+        return dx, None, deta, None if saved[3] is None else dv, None
+
+    return formula
+
+
+def _gradient(formula: _Formula) -> Any:
+    return lambda ctx, dy, *_: formula(ctx.saved_tensors, ctx.scale, dy)
+
+
+# A graph that was made for values alone may be differentiated all the same, an exported one for
+# one: what the gradient needs is then computed first.
+def _values_gradient(forward: Any, formula: _Formula) -> Any:
+    def gradient(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        inputs = ctx.saved_tensors
+        return formula((*inputs, *forward(*inputs, ctx.scale)), ctx.scale, dy)
 
     return gradient
 
@@ -441,18 +462,21 @@ def _define(backend: str, operators: dict[str, str]) -> None:
 
 for _name in dispatch.BACKENDS:
     _define(_name, schemas.OPERATORS)
-    for _stem, _gradient, _context in (
-        ("sci", _sci_gradient, _sci_context),
-        ("cci", _cci_gradient, _cci_context),
-    ):
-        torch.library.register_autograd(
-            f"cin_fast::{_name}_{_stem}", _gradient(_name), setup_context=_context
-        )
-        torch.library.register_autograd(
-            f"cin_fast::{_name}_{_stem}_backward", refuse_double_backward
-        )
     _compiled = schemas.COMPILED.get(_name, {})
     _define(_name, {s: schema for s, schema in schemas.VALUES.items() if s in _compiled})
+    for _stem, _formula, _context in (
+        ("sci", _sci_formula(_name), _sci_context),
+        ("cci", _cci_formula(_name), _cci_context),
+    ):
+        _full = f"cin_fast::{_name}_{_stem}"
+        torch.library.register_autograd(_full, _gradient(_formula), setup_context=_context)
+        torch.library.register_autograd(f"{_full}_backward", refuse_double_backward)
+        if f"{_stem}_values" in _compiled:
+            torch.library.register_autograd(
+                f"{_full}_values",
+                _values_gradient(_op(_name, _stem), _formula),
+                setup_context=_values_context,
+            )
 for _name in TAP_BACKENDS:
     _define(_name, schemas.TAP_MEANS)
     torch.library.register_autograd(

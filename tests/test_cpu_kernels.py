@@ -384,6 +384,25 @@ def test_compiles_as_one_graph() -> None:
     torch.testing.assert_close(actual, expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_graph_made_for_values_can_be_differentiated(dtype: torch.dtype) -> None:
+    """As one that was exported for inference, and is trained on."""
+    x, v, dy, partner, eta = draws((1, 20, 9), 3, "relu", dtype)
+    for values in (None, v):
+        dy = torch.ones_like(x if values is None else values)
+        for stem, inputs in (("sci", (x, values)), ("cci", (x, partner, eta, values))):
+            leaves = [t if t is None or t.dtype == torch.int64 else t.detach().requires_grad_()
+                      for t in inputs]  # fmt: skip
+            wanted = [t for t in leaves if t is not None and t.requires_grad]
+            ys = [
+                getattr(torch.ops.cin_fast, f"cpu_{stem}")(*leaves, -1.0)[0],
+                getattr(torch.ops.cin_fast, f"cpu_{stem}_values")(*leaves, -1.0),
+            ]
+            assert torch.equal(*ys)
+            expected, actual = (torch.autograd.grad(y, wanted, dy) for y in ys)
+            assert all(map(torch.equal, actual, expected))
+
+
 def test_compiled_cci_knows_whether_a_gradient_is_asked_for() -> None:
     x, (partner, eta) = make_input("relu", (2, 5, 6)), make_pairs(2)
     compiled = torch.compile(lambda x: cin_fast.cci(x, partner, eta, backend="cpu"), fullgraph=True)
