@@ -223,8 +223,12 @@ def test_cci_gives_the_same_bits_where_no_gradient_is_asked_for(
         assert torch.equal(alone, y)
 
 
-@pytest.mark.parametrize("which", ["x", "eta", "v"])
-def test_cci_leaves_out_what_a_gradient_needs_only_where_none_is_asked_for(which: str) -> None:
+@pytest.mark.parametrize(
+    ("stem", "which"), [("sci", "x"), ("sci", "v"), ("cci", "x"), ("cci", "eta"), ("cci", "v")]
+)
+def test_what_a_gradient_needs_is_left_out_only_where_none_is_asked_for(
+    stem: str, which: str
+) -> None:
     class Seen(TorchDispatchMode):
         names: ClassVar[list[str]] = []
 
@@ -232,17 +236,24 @@ def test_cci_leaves_out_what_a_gradient_needs_only_where_none_is_asked_for(which
             self.names.append(function.name())
             return function(*arguments, **(keywords or {}))
 
-    x, v, _, partner, eta = draws((1, 9, 6), 3, "relu", torch.float32)
-    {"x": x, "eta": eta, "v": v}[which].requires_grad_()
+    def call() -> Tensor:
+        if stem == "sci":
+            return cin_fast.sci(x, v, backend="cpu")
+        return cin_fast.cci(x, partner, eta, v, backend="cpu")
+
+    x, v, _, partner, eta = draws((1, 9, 6), 3, "relu", torch.bfloat16)
+    leaf = {"x": x, "eta": eta, "v": v}[which].requires_grad_()
+    values = f"cin_fast::cpu_{stem}_values"
     with Seen() as seen:
-        y = cin_fast.cci(x, partner, eta, v, backend="cpu")
-    assert "cin_fast::cpu_cci_values" not in seen.names
-    assert torch.autograd.grad(y.sum(), {"x": x, "eta": eta, "v": v}[which])[0].isfinite().all()
+        y = call()
+    assert values not in seen.names
+    assert torch.autograd.grad(y.sum(), leaf)[0].isfinite().all()
     for without in (torch.no_grad, torch.inference_mode):
         seen.names.clear()
         with seen, without():
-            cin_fast.cci(x, partner, eta, v, backend="cpu")
-        assert "cin_fast::cpu_cci_values" in seen.names
+            alone = call()
+        assert values in seen.names
+        assert torch.equal(alone, y)
 
 
 def test_an_image_does_not_depend_on_the_batch_around_it() -> None:
