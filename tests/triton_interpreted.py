@@ -143,6 +143,21 @@ def large_activations(dtype: str) -> None:
     check([(x, v, dy, partner, eta)])
 
 
+def nearly_one_weight(columns: int | None, chip: int) -> None:
+    """dP - delta is a small difference of large numbers."""
+    with mock.patch("cin_fast.kernels.launch.chip_of", return_value=chip):
+        for dtype in (torch.bfloat16, torch.float16):
+            x, v, dy, _, _ = draw((2, 190, 32), columns, "randn", dtype)
+            check_sci("triton", x * 1.5, v, dy, scale=1.0)
+
+
+def one_weight(factor: int) -> None:
+    """Where all rows have one weight, all of dP - delta cancels."""
+    for columns in (None, 9):
+        x, v, dy, _, _ = draw((2, 70, 20), columns, "randn", torch.float16)
+        check_sci("triton", x * factor, v, dy)
+
+
 def identical_rows(dtype: str) -> None:
     x = make_input("relu", (2, 1, 20), getattr(torch, dtype)).expand(2, 33, 20)
     _, v, dy, partner, eta = draw((2, 33, 20), None, "relu", x.dtype)
@@ -250,6 +265,10 @@ for _dtype in NAMES:
         *(long_rows, wide_values, large_activations, identical_rows, strided, repeatable),
     ):
         add(_function, _dtype)
+for _columns, _chip in itertools.product((None, 9), (AMPERE, HOPPER)):
+    add(nearly_one_weight, _columns, _chip)
+for _factor in (4, 100):
+    add(one_weight, _factor)
 for _scale in (1.0, -0.3, 0.0):
     add(scales, _scale)
 for _function in (any_partners, one_graph, float32_precision, bfloat16_is_repaired):
