@@ -74,6 +74,32 @@ def test_rule_without_wgmma(
     check_cci("cuda", x, *make_pairs(2, device), v, dy)
 
 
+@pytest.mark.parametrize("path", ["", "sm80"])
+@pytest.mark.parametrize("columns", [None, 9])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rows_with_one_weight(
+    device: torch.device,
+    dtype: torch.dtype,
+    columns: int | None,
+    path: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Or nearly one: dP - delta has to cancel, which counts on how the hardware sums."""
+    if path and torch.cuda.get_device_capability(device) != (9, 0):
+        pytest.skip("this GPU has one path")
+    monkeypatch.setenv("CIN_FAST_CUDA_PATH", path)
+    for shape, factor, scale in (
+        ((2, 70, 20), 4.0, -1.0),
+        ((2, 70, 20), 100.0, -1.0),
+        ((2, 190, 32), 1.5, 1.0),
+        ((2, 190, 196), 1.0, 1.0),
+    ):
+        x = make_input("randn", shape, dtype, device) * factor
+        v = make_input("randn", (*shape[:2], columns), dtype, device, 1) if columns else None
+        dy = make_input("randn", (*shape[:2], columns or shape[2]), dtype, device, 2)
+        check_sci("cuda", x, v, dy, scale)
+
+
 def test_same_bits_on_any_stream_and_in_a_graph(device: torch.device) -> None:
     x = make_input("relu", (4, 512, 196), torch.bfloat16, device)
     expected = ops.sci(x, backend="cuda")

@@ -84,6 +84,16 @@ def test_mma(probe: Probe, name: str, dtype: torch.dtype, depth: int) -> None:
     assert torch.equal(result, c + a.float() @ b.float().T)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_mma_gives_the_same_digits_from_either_side(probe: Probe, dtype: torch.dtype) -> None:
+    """What cancels in sci's gradient counts on it: dY . v and v . dY are one number."""
+    name = "mma_bf16" if dtype == torch.bfloat16 else "mma_fp16"
+    a, b = torch.randn(16, 16).to(dtype), torch.randn(16, 16).to(dtype)
+    one = probe(name, a, b[:8], torch.zeros(16, 8))[2]
+    turned = probe(name, b, a[:8], torch.zeros(16, 8))[2]
+    assert torch.equal(one[:8], turned[:8].T)
+
+
 @pytest.mark.parametrize("name", ["ldmatrix", "ldmatrix_trans"])
 def test_ldmatrix(probe: Probe, name: str) -> None:
     """Lane 4 g + t gets elements 2 t and 2 t + 1 of row g, or of column g, of each matrix."""
@@ -156,6 +166,26 @@ def test_wgmma_along_rows(probe: Probe, columns: int, dtype: str) -> None:
     a = torch.randint(-8, 9, (64, 16)).to(DTYPES[dtype])
     b = torch.randint(-8, 9, (columns, 16)).to(DTYPES[dtype])
     expect(probe, f"wgmma_{columns}_{dtype}", a, b, a.float() @ b.float().T, 16, 0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_wgmma_gives_the_same_digits_wherever_a_product_is_made(probe: Probe, dtype: str) -> None:
+    """From either side, in any row and column, in a product of any width: see above."""
+    skip_unless_hopper(probe)
+    a, b = (torch.randn(64, 16).to(DTYPES[dtype]) for _ in "ab")
+
+    def product(left: Tensor, right: Tensor) -> Tensor:
+        columns = len(right)
+        return multiply(
+            probe, f"wgmma_{columns}_{dtype}", left, right, columns, SWIZZLE, 8 * 32, 16, 0
+        )
+
+    one = product(a, b)
+    assert one.isfinite().all()
+    assert torch.equal(product(b, a).T, one)
+    assert torch.equal(product(a.roll(5, 0), b.roll(9, 0)), one.roll((5, 9), (0, 1)))
+    assert torch.equal(product(a, torch.cat([a, b]))[:, 64:], one)
+    assert torch.equal(product(a, b[:16]), one[:, :16])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
