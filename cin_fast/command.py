@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import signal
 import sys
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,30 @@ def run(
         if not known:
             raise
         return fail(name, known)
+
+
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """SIGINT and SIGTERM wait until the block is over.
+
+    For code of others that an exception in just the wrong place would leave locked.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    waiting: list[int] = []
+    before = {
+        number: signal.signal(number, lambda number, _: waiting.append(number))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            # None: not set by Python.
+            signal.signal(number, handler or signal.SIG_DFL)
+        if waiting:
+            signal.raise_signal(waiting[0])
 
 
 def fail(name: str, message: str, code: int = 2) -> int:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from cin_fast.command import writable_folder
+from cin_fast.command import uninterrupted, writable_folder
 from cin_fast.config import SETTINGS, TrainConfig
 from cin_fast.files import write_text
 from cin_fast.info import device_name, git_commit, versions
@@ -124,15 +124,23 @@ class RunFolder:
         # Its import takes a second.
         from torch.utils.tensorboard import SummaryWriter
 
-        with SummaryWriter(str(self.path / CURVES)) as writer:
+        # It hands what is drawn to a thread, and waits for that forever if an interrupt leaves
+        # the queue between them locked.
+        with uninterrupted():
+            writer = SummaryWriter(str(self.path / CURVES))
 
-            def draw(metrics: Mapping[str, Any]) -> None:
+        def draw(metrics: Mapping[str, Any]) -> None:
+            with uninterrupted():
                 for name, value in metrics.items():
                     if name != "epoch":
                         writer.add_scalar(name, value, metrics["epoch"])
                 writer.flush()
 
+        try:
             yield draw
+        finally:
+            with uninterrupted():
+                writer.close()
 
     def finish(self, metrics: Mapping[str, Any]) -> None:
         """Write metrics.json."""

@@ -167,3 +167,25 @@ def test_a_seed_too_large_for_the_samplers_is_refused():
     TrainConfig(seed=10**8)
     with pytest.raises(ValueError, match="--seed: expected 0 to 100000000, found 100000001"):
         TrainConfig(seed=10**8 + 1)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_waits_for_what_must_not_be_interrupted(number):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    def body():
+        with command.uninterrupted():
+            signal.raise_signal(number)
+            done.append(True)
+
+    before, done = signal.signal(number, interrupt), []
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            body()
+        assert done
+        assert signal.getsignal(number) is interrupt
+        with command.uninterrupted():
+            pass
+    finally:
+        signal.signal(number, before)

@@ -142,6 +142,21 @@ def test_a_killed_run_goes_on_to_the_same_bits(images, four_epochs, tmp_path, st
     assert same(weights(tmp_path), weights(four_epochs))
 
 
+def test_an_interrupt_does_not_break_into_the_curves(tmp_path, monkeypatch):
+    """It could leave TensorBoard's queue locked, and the run would never end."""
+    drawn = []
+
+    def add_scalar(self, name, *_):
+        signal.raise_signal(signal.SIGINT)
+        drawn.append(name)
+
+    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter.add_scalar", add_scalar)
+    curves = RunFolder(tmp_path).curves(active=True)
+    with pytest.raises(KeyboardInterrupt), curves as draw:
+        draw({"epoch": 1, "loss": 2.0, "lr": 0.1})
+    assert drawn == ["loss", "lr"]
+
+
 def refusal(capsys, argv):
     code = main(argv)
     error = capsys.readouterr().err
