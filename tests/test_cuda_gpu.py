@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 
 from cin_fast import dispatch, ops
 from cin_fast.testing import (
@@ -27,15 +28,25 @@ def device() -> torch.device:
     return torch.device("cuda")
 
 
+def draw(
+    kind: str,
+    shape: tuple[int, int, int],
+    columns: int | None,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """x, v of so many columns or None, and dy."""
+    x = make_input(kind, shape, dtype, device)
+    v = make_input("randn", (*shape[:2], columns), dtype, device, 1) if columns else None
+    return x, v, make_input("randn", (*shape[:2], columns or shape[2]), dtype, device, 2)
+
+
 @pytest.mark.parametrize("columns", [None, 9, 20, 215])
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES)
 @pytest.mark.parametrize("kind", INPUT_KINDS)
 def test_rule(device: torch.device, kind: str, dtype: torch.dtype, columns: int | None) -> None:
     for shape in (*SHAPES, (1, 100, 784), (2, 2048, 196)):
-        x = make_input(kind, shape, dtype, device)
-        width = columns or shape[2]
-        v = make_input("randn", (*shape[:2], columns), dtype, device, 1) if columns else None
-        dy = make_input("randn", (*shape[:2], width), dtype, device, 2)
+        x, v, dy = draw(kind, shape, columns, dtype, device)
         check_sci("cuda", x, v, dy)
         check_cci("cuda", x, *make_pairs(shape[0], device), v, dy)
 
@@ -48,9 +59,7 @@ def test_rule_beyond_the_first_wave(
     """More blocks than multiprocessors: on Hopper whole ones, and halves in the last wave."""
     multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
     shape = (multiprocessors // 2 + 2, 200, 196)
-    x = make_input("diffuse", shape, dtype, device)
-    v = make_input("randn", (*shape[:2], columns), dtype, device, 1) if columns else None
-    dy = make_input("randn", (*shape[:2], columns or shape[2]), dtype, device, 2)
+    x, v, dy = draw("diffuse", shape, columns, dtype, device)
     check_sci("cuda", x, v, dy)
     check_cci("cuda", x, *make_pairs(shape[0], device), v, dy)
 
@@ -67,9 +76,7 @@ def test_rule_without_wgmma(
     if torch.cuda.get_device_capability(device) != (9, 0):
         pytest.skip("this GPU has one path")
     monkeypatch.setenv("CIN_FAST_CUDA_PATH", "sm80")
-    x = make_input("diffuse", (2, 500, 196), dtype, device)
-    v = make_input("randn", (2, 500, columns), dtype, device, 1) if columns else None
-    dy = make_input("randn", (2, 500, columns or 196), dtype, device, 2)
+    x, v, dy = draw("diffuse", (2, 500, 196), columns, dtype, device)
     check_sci("cuda", x, v, dy)
     check_cci("cuda", x, *make_pairs(2, device), v, dy)
 
@@ -94,10 +101,8 @@ def test_rows_with_one_weight(
         ((2, 190, 32), 1.5, 1.0),
         ((2, 190, 196), 1.0, 1.0),
     ):
-        x = make_input("randn", shape, dtype, device) * factor
-        v = make_input("randn", (*shape[:2], columns), dtype, device, 1) if columns else None
-        dy = make_input("randn", (*shape[:2], columns or shape[2]), dtype, device, 2)
-        check_sci("cuda", x, v, dy, scale)
+        x, v, dy = draw("randn", shape, columns, dtype, device)
+        check_sci("cuda", x * factor, v, dy, scale)
 
 
 def test_same_bits_on_any_stream_and_in_a_graph(device: torch.device) -> None:

@@ -189,23 +189,13 @@ cudaError_t launch_backward(const Context& context, const Shape& shape,
                 BackwardTiles<Products, kValues>::kSharedBytes, parameters, row_blocks);
 }
 
-template <class Products>
-cudaError_t launch_terms(const Context& context, const Shape& shape,
-                         const TermsParameters<typename Products::Element>& p) {
+// A block for every 64 rows, which meets tiles of kWidth columns.
+template <class Products, int kWidth, class Parameters>
+cudaError_t launch_row_sums(const Context& context, const Shape& shape, const char* name,
+                            void (*kernel)(Parameters, int), const Parameters& p) {
   const int row_blocks = divide_up(shape.channels, kBlockRows);
-  return launch(context, "sci_terms", sci_terms_kernel<Products>, dim3(shape.batch * row_blocks),
-                kGroupThreads,
-                2 * Stream<Products, kBlockRows>::kStage * sizeof(typename Products::Element), p,
-                row_blocks);
-}
-
-template <class Products>
-cudaError_t launch_sweep(const Context& context, const Shape& shape,
-                         const SweepParameters<typename Products::Element>& p) {
-  const int row_blocks = divide_up(shape.channels, kBlockRows);
-  return launch(context, "sci_sweep", sci_sweep_kernel<Products>, dim3(shape.batch * row_blocks),
-                kGroupThreads,
-                2 * Stream<Products, kSweepWidth>::kStage * sizeof(typename Products::Element), p,
+  return launch(context, name, kernel, dim3(shape.batch * row_blocks), kGroupThreads,
+                2 * Stream<Products, kWidth>::kStage * sizeof(typename Products::Element), p,
                 row_blocks);
 }
 
@@ -245,10 +235,12 @@ cudaError_t make_terms(const Context& context, const Shape& shape, const SciBack
     for (const auto& [data, batch] : {std::pair{a.y, &own.y}, {a.y_rest, &own.y_rest}})
       CIN_FAST_RETURN_IF_ERROR(
           aligned_batch(context, contiguous_view(data, shape, p.columns), shape, p.columns, batch));
-    return launch_terms<Products>(context, shape, own);
+    return launch_row_sums<Products, kBlockRows>(context, shape, "sci_terms",
+                                                 sci_terms_kernel<Products>, own);
   } else {
-    return launch_sweep<Products>(
-        context, shape, {p.dy, p.x, p.v, a.row_max, a.row_sum, terms, p.channels, p.factor});
+    const SweepParameters<T> own{p.dy, p.x, p.v, a.row_max, a.row_sum, terms, p.channels, p.factor};
+    return launch_row_sums<Products, kSweepWidth>(context, shape, "sci_sweep",
+                                                  sci_sweep_kernel<Products>, own);
   }
 }
 
