@@ -1,6 +1,6 @@
 """``python bench/kernel_times.py``: where a GPU's time goes, kernel by kernel.
 
-Times each operator and the pooled head at ResNet-50's map at 448 px in bfloat16, forward and in
+Times each operator and the pooled heads at ResNet-50's map at 448 px in bfloat16, forward and in
 both directions, beside plain PyTorch's ways, and splits a call in both directions into its kernels.
 Writes ``kernels.json`` under bench/results/MACHINE after every one.
 """
@@ -34,6 +34,7 @@ from rivals import (
     eager_sci,
     head_rivals,
     pooled_head,
+    pooled_pair_head,
     sci_rivals,
 )
 from torch import Tensor
@@ -41,7 +42,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import cin_fast
 from cin_fast.cost import sci_flops
-from cin_fast.testing import make_input, make_pairs
+from cin_fast.testing import make_input, make_pairs, make_psi
 
 BACKENDS, THIN, ROUNDS, TRACED = ("cuda", "triton"), 9, 12, 6
 LEAST_SECONDS = 4e-6
@@ -91,6 +92,18 @@ def head(case: Case) -> Subject:
     problem = Problem(eager_head, (x,), (weight, bias), dy=dy)
     work = {"forward": forward, "both": 3 * forward}
     return Subject("head", case.positions, _plain(head_rivals()) | ours, problem, work)
+
+
+def pair_head(one: Subject) -> Subject:
+    """Of the same features and phi, the spatial means of Z and of Z' of pairs: ours alone."""
+    (x,), phi, dy = one.problem.images, one.problem.shared, one.problem.dy
+    psi = (t.to(x.device) for t in make_psi(x.shape[1], -0.6, x.dtype))
+    partner, _ = make_pairs(len(x))
+    ours = {name: partial(pooled_pair_head, backend=name) for name in BACKENDS}
+    judge = partial(pooled_pair_head, backend="reference")
+    problem = Problem(judge, (x,), (*phi, *psi), partner, dy.repeat(2, 1))
+    work = {direction: 2 * flops for direction, flops in one.flops.items()}
+    return Subject("pair head", one.columns, ours, problem, work)
 
 
 def _plain(rivals: Sequence[Rival]) -> dict[str, Callable[..., Tensor]]:
@@ -172,7 +185,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     about |= {"ceilings": limits, "left_out": [], "rows": []}
     path = options.output or results_folder() / "kernels.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    for subject in (*subjects(case), head(case)):
+    one = head(case)
+    for subject in (*subjects(case), one, pair_head(one)):
         measured, reasons = rows(subject, about["commit"])
         about["rows"] += measured
         about["left_out"] += reasons

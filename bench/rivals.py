@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import cin_fast
 from cin_fast import dispatch
 from cin_fast.nn import mean_of_conv
+from cin_fast.pair import pair_columns
 
 OURS = dispatch.BACKENDS
 _SDPA = {
@@ -88,6 +89,22 @@ def pooled_head(x_BCHW: Tensor, *phi: Tensor, backend: str) -> Tensor:
     v_BC9 = cin_fast.tap_means(x_BCHW)
     y_BC9 = cin_fast.sci(x_BCHW, v_BC9, backend=backend)
     return mean_of_conv(Phi(*phi), y_BC9) + v_BC9[..., 4]
+
+
+def pooled_pair_head(
+    x_BCHW: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    psi_weight: Tensor,
+    psi_bias: Tensor,
+    partner: Tensor,
+    *,
+    backend: str,
+) -> Tensor:
+    """The means of Z and, behind them, of Z' (2B, C): the head of a training step."""
+    v_BC9 = cin_fast.tap_means(x_BCHW)
+    columns = pair_columns(x_BCHW, partner, psi_weight, psi_bias, v_BC9, mean=4, backend=backend)
+    return mean_of_conv(Phi(weight, bias), torch.cat(columns)) + v_BC9[..., 4].repeat(2, 1)
 
 
 def sci_rivals() -> list[Rival]:

@@ -3,7 +3,7 @@
 Shapes: B images, C channels, L positions, K columns of ``v``. ``v = None`` means ``v = x``.
 Backends only compute: each implements ``schemas.OPERATORS`` under its own prefix, and the
 autograd formula and fakes here serve them all. ``row_max``, ``row_sum`` and ``y_rest`` are what a
-backend's forward leaves for its own backward: no other code reads them.
+backend's forward leaves for its own other operators: no other code reads them.
 """
 
 from __future__ import annotations
@@ -30,6 +30,10 @@ TAP_BACKENDS = ("reference", "cpu", "cuda")
 
 # Backends whose sci keeps what rounding to 16 bits took off y, for delta = dY . Y.
 _REST_BACKENDS = ("cpu", "cuda")
+
+# Backends whose cci can take its rows' statistics from sci, as an operator with a gradient. (The
+# cpu backend's is a part of cin_fast.pair's.)
+AFTER_SCI_BACKENDS = ("triton", "cuda")
 
 
 def sci(
@@ -242,6 +246,18 @@ def _cci_values_fake(
     return _like_values(x, v)
 
 
+def _cci_after_sci_fake(
+    x: Tensor,
+    partner: Tensor,
+    eta: Tensor,
+    v: Tensor,
+    row_max: Tensor,
+    row_sum: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    return _like_values(x, v), _like_values(x, v)
+
+
 def _cci_backward_fake(
     dy: Tensor,
     x: Tensor,
@@ -271,6 +287,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "sci_backward": _sci_backward_fake,
     "cci": _cci_fake,
     "cci_values": _cci_values_fake,
+    "cci_after_sci": _cci_after_sci_fake,
     "cci_backward": _cci_backward_fake,
     "tap_means": _tap_means_fake,
     "tap_means_backward": _tap_means_backward_fake,
@@ -376,6 +393,14 @@ def _cci_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
     ctx.scale = scale
 
 
+def _cci_after_sci_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, partner, eta, v, row_max, row_sum, scale = inputs
+    y, b = output
+    ctx.mark_non_differentiable(b)
+    ctx.save_for_backward(x, partner, eta, v, y, b, row_max, row_sum)
+    ctx.scale = scale
+
+
 def _tap_means_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.height, ctx.width = inputs[0].shape[-2:]
 
@@ -414,6 +439,11 @@ def _cci_formula(backend: str) -> _Formula:
 
 def _gradient(formula: _Formula) -> Any:
     return lambda ctx, dy, *_: formula(ctx.saved_tensors, ctx.scale, dy)
+
+
+# The rows' statistics are x's, whose gradient has their share.
+def _after_sci_gradient(formula: _Formula) -> Any:
+    return lambda ctx, dy, *_: (*formula(ctx.saved_tensors, ctx.scale, dy), None, None)
 
 
 # A graph that was made for values alone may be differentiated all the same, an exported one for
@@ -477,6 +507,13 @@ for _name in dispatch.BACKENDS:
                 _values_gradient(_op(_name, _stem), _formula),
                 setup_context=_values_context,
             )
+for _name in AFTER_SCI_BACKENDS:
+    _define(_name, schemas.AFTER_SCI)
+    torch.library.register_autograd(
+        f"cin_fast::{_name}_cci_after_sci",
+        _after_sci_gradient(_cci_formula(_name)),
+        setup_context=_cci_after_sci_context,
+    )
 for _name in TAP_BACKENDS:
     _define(_name, schemas.TAP_MEANS)
     torch.library.register_autograd(

@@ -1,8 +1,8 @@
 """``sci`` and ``cci`` of the same images in one operator: the pair head of a training step.
 
-The composition is the definition, and what runs everywhere but on the CPU. There, ``cci`` takes
-its softmax statistics from ``sci``, and both gradients share one sweep over the tiles: d eta comes
-from what the forward pass kept, so that all of ``sci``'s gradient is known before the sweep.
+The composition is the definition. Where there are kernels, ``cci`` takes its softmax statistics
+from ``sci``. On the CPU both gradients share one sweep over the tiles, too: d eta comes from what
+the forward pass kept, so that all of ``sci``'s gradient is known before the sweep.
 
 Shapes as in :mod:`cin_fast.ops`.
 """
@@ -61,16 +61,36 @@ def pair_columns(
     x, cast_v = arguments.as_autocast(x, v)
     assert cast_v is not None
     scale = arguments.as_number("scale", scale)
-    inputs = (x, cast_v, psi_weight, psi_bias)
-    if ops.pick_backend(x, backend) == "cpu" and not dispatch.transformed(*inputs):
-        outputs = torch.ops.cin_fast.cpu_pair(
-            arguments.flat_map(x), partner, psi_weight, psi_bias, cast_v, mean, scale
-        )
-        return outputs[0], outputs[1]
-    y_BCK = ops.sci(x, cast_v, scale=scale, backend=backend)
+    name = ops.pick_backend(x, backend)
     on_device = partner.to(x.device, non_blocking=True)
+    inputs = (arguments.flat_map(x), on_device, psi_weight, psi_bias, cast_v, mean, scale)
+    if not dispatch.transformed(x, cast_v, psi_weight, psi_bias):
+        if name == "cpu":
+            outputs = torch.ops.cin_fast.cpu_pair(*inputs)
+            return outputs[0], outputs[1]
+        if name in ops.AFTER_SCI_BACKENDS:
+            return _with_statistics(name, *inputs)
+    y_BCK = ops.sci(x, cast_v, scale=scale, backend=backend)
     eta_B = reference.eta(y_BCK[..., mean], on_device, psi_weight, psi_bias)
     return y_BCK, ops.cci(x, partner, eta_B, cast_v, scale=scale, backend=backend)
+
+
+def _with_statistics(
+    backend: str,
+    x: Tensor,
+    partner: Tensor,
+    psi_weight: Tensor,
+    psi_bias: Tensor,
+    v: Tensor,
+    mean: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """The composition, with what sci leaves of x's rows handed on to cci."""
+    operators = torch.ops.cin_fast
+    y, row_max, row_sum, _ = getattr(operators, f"{backend}_sci")(x, v, scale)
+    eta = reference.eta(y[..., mean], partner, psi_weight, psi_bias).float()
+    after_sci = getattr(operators, f"{backend}_cci_after_sci")
+    return y, after_sci(x, partner, eta, v, row_max, row_sum, scale)[0]
 
 
 def _check_psi(name: str, t: Tensor, x: Tensor, numbers: int) -> None:
@@ -179,7 +199,7 @@ def _gradient(ctx: Any, dy: Tensor, dy_pair: Tensor, *_: Any) -> tuple[Any, ...]
 
 
 def _register() -> None:
-    for stem, schema in (schemas.PAIR | schemas.PAIR_SWEEPS).items():
+    for stem, schema in (schemas.PAIR | schemas.AFTER_SCI | schemas.PAIR_SWEEP).items():
         torch.library.define(f"cin_fast::cpu_{stem}", schema, tags=(torch.Tag.pt2_compliant_tag,))
     for stem, function, fake in (
         ("pair", _forward, _forward_fake),

@@ -45,12 +45,15 @@ PAIR = {
         " int mean, float scale, bool sweep) -> (Tensor, Tensor, Tensor, Tensor)"
     ),
 }
-# Of the pair, what the extension computes: cci's forward pass, the sweep of the backward pass.
-PAIR_SWEEPS = {
+# y and b of cci, where sci of the same x has left row_max and row_sum.
+AFTER_SCI = {
     "cci_after_sci": (
         "(Tensor x, Tensor partner, Tensor eta, Tensor v, Tensor row_max, Tensor row_sum,"
         " float scale) -> (Tensor, Tensor)"
     ),
+}
+# Of the pair, what the extension computes of the backward pass.
+PAIR_SWEEP = {
     "pair_sweep": (
         "(Tensor dy, Tensor dy_pair, Tensor x, Tensor partner, Tensor eta, Tensor v, Tensor y,"
         " Tensor y_pair, Tensor b, Tensor row_max, Tensor row_sum, float scale)"
@@ -82,6 +85,6 @@ KEPT_MEMORY = {"release_kept": "() -> int"}
 
 # Backend of a compiled extension -> what it holds.
 COMPILED = {
-    "cpu": OPERATORS | VALUES | TAP_MEANS | PAIR_SWEEPS | THIN_LINEAR | KEPT_MEMORY,
-    "cuda": OPERATORS | {"sci_values": VALUES["sci_values"]} | TAP_MEANS | MATRIX_ROWS,
+    "cpu": OPERATORS | VALUES | TAP_MEANS | AFTER_SCI | PAIR_SWEEP | THIN_LINEAR | KEPT_MEMORY,
+    "cuda": OPERATORS | {"sci_values": VALUES["sci_values"]} | TAP_MEANS | AFTER_SCI | MATRIX_ROWS,
 }

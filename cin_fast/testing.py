@@ -162,6 +162,19 @@ def make_psi(
     return weight.to(dtype), torch.full((1,), bias, dtype=dtype)
 
 
+def make_pair_inputs(
+    shape: tuple[int, ...], columns: int, kind: str, dtype: torch.dtype, bias: float
+) -> tuple[Tensor, ...]:
+    """What :func:`evaluate_pair` takes first, x to dy_pair, v of so many columns."""
+    values = (*shape[:2], columns)
+    return (
+        make_input(kind, shape, dtype),
+        make_pairs(shape[0])[0],
+        *make_psi(shape[1], bias, dtype),
+        *(make_input("randn", values, dtype, seed=seed) for seed in (2, 1, 3)),
+    )
+
+
 def evaluate_pair(
     x: Tensor,
     partner: Tensor,
@@ -240,6 +253,32 @@ def check_cci(
         (x, partner, eta, v, dy),
         undecided=lambda: Undecided(x, partner, eta, v, dy, scale),
     )
+    return actual
+
+
+def check_pair(
+    backend: str,
+    x: Tensor,
+    partner: Tensor,
+    psi_weight: Tensor,
+    psi_bias: Tensor,
+    v: Tensor,
+    dy: Tensor,
+    dy_pair: Tensor,
+    scale: float = -1.0,
+    truth: Truth | None = None,
+) -> Evaluation:
+    """Hold ``pair_columns`` of ``backend`` to the rule; returns what it computed.
+
+    But for psi's bias, one number: its error is chance. eta has to be below 0, where no weight is
+    near |M|'s corner: elsewhere rounding may decide a gradient. ``truth`` as for :func:`check_sci`.
+    """
+    inputs = (x, partner, psi_weight, psi_bias, v, dy, dy_pair, scale)
+    actual = evaluate_pair(*inputs, backend)
+    truth = truth or find_truth(evaluate_pair, *inputs)
+    for name in actual.results.keys() - {"dpsi_bias"}:
+        results = actual.results[name], truth.plain[name], truth.exact[name]
+        assert_exact_as_torch(f"{backend} {name} {tuple(x.shape)}", *results)
     return actual
 
 

@@ -16,5 +16,5 @@ def register() -> None:
     """
     from cin_fast.kernels import launch
 
-    for stem in ("sci", "sci_backward", "cci", "cci_backward"):
+    for stem in ("sci", "sci_backward", "cci", "cci_after_sci", "cci_backward"):
         torch.library.impl(f"cin_fast::triton_{stem}", ("cpu", "cuda"), getattr(launch, stem))

@@ -66,6 +66,24 @@ def cci(
     return y, torch.zeros_like(y), row_max, row_sum
 
 
+def cci_after_sci(
+    x: Tensor,
+    partner: Tensor,
+    eta: Tensor,
+    v: Tensor,
+    row_max: Tensor,
+    row_sum: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """y, and the zeros, from rows' numbers that sci left."""
+    y = _dense_like(v)
+    _run(
+        "cci_after_sci", x, v, partner=partner.contiguous(), eta=eta.contiguous(), y=y,
+        row_max=row_max, row_sum=row_sum, scale=scale,
+    )  # fmt: skip
+    return y, torch.zeros_like(y)
+
+
 def cci_backward(
     dy: Tensor,
     x: Tensor,

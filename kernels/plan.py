@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from cin_fast.kernels.configs import THIN, Config, Maps, Out, choose, columns_of, out_of
 
-Operator = Literal["sci", "sci_backward", "cci", "cci_backward"]
+Operator = Literal["sci", "sci_backward", "cci", "cci_after_sci", "cci_backward"]
 Precision = Literal["ieee", "tf32"]
 
 
@@ -38,11 +38,10 @@ def plan(
     """
     if operator == "sci":
         return (_forward("sci_forward", maps, chip, precision, NEGATIVE=negative),)
-    if operator == "cci":
-        return (
-            _rows("row_numbers", maps, chip, precision, NEGATIVE=negative),
-            _forward("cci_forward", maps, chip, precision),
-        )
+    if operator in ("cci", "cci_after_sci"):
+        rows = _rows("row_numbers", maps, chip, precision, NEGATIVE=negative)
+        forward = _forward("cci_forward", maps, chip, precision)
+        return (rows, forward) if operator == "cci" else (forward,)
     stem = operator.removesuffix("_backward")
     return (
         _rows(f"{stem}_delta", maps, chip, precision),

@@ -192,6 +192,22 @@ class Emulator:
         arguments.call("emulated_cci_forward", [x, v, partner, eta], [y, b, row_max, row_sum])
         return y, b, row_max, row_sum
 
+    def cci_after_sci(
+        self,
+        x: Tensor,
+        partner: Tensor,
+        eta: Tensor,
+        v: Tensor,
+        row_max: Tensor,
+        row_sum: Tensor,
+        scale: float,
+    ) -> tuple[Tensor, Tensor]:
+        arguments = _Arguments(self, x, v, scale)
+        y, b = (arguments.output(v.shape, x.dtype) for _ in "yb")
+        inputs = [x, v, partner, eta, row_max, row_sum]
+        arguments.call("emulated_cci_after_sci", inputs, [y, b])
+        return y, b
+
     def cci_backward(
         self,
         dy: Tensor,

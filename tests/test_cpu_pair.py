@@ -16,11 +16,10 @@ from cin_fast.testing import (
     SHAPES,
     Truth,
     assert_exact_as_torch,
+    check_pair,
     evaluate_pair,
     find_truth,
-    make_input,
-    make_pairs,
-    make_psi,
+    make_pair_inputs,
 )
 
 pytestmark = pytest.mark.usefixtures("cpu_extension", "two_threads")
@@ -32,15 +31,8 @@ Inputs = tuple[Tensor, ...]
 def draws(
     shape: tuple[int, ...], k: int, kind: str, dtype: torch.dtype, bias: float, repeat: int = 8
 ) -> Inputs:
-    """x, partner, psi, v, dy and dy_pair, of 8 times the images: few errors' largest is chance."""
-    shape = (repeat * shape[0], *shape[1:])
-    columns = (*shape[:2], k)
-    return (
-        make_input(kind, shape, dtype),
-        make_pairs(shape[0])[0],
-        *make_psi(shape[1], bias, dtype),
-        *(make_input("randn", columns, dtype, seed=seed) for seed in (2, 1, 3)),
-    )
+    """Of 8 times the images: few errors' largest is chance."""
+    return make_pair_inputs((repeat * shape[0], *shape[1:]), k, kind, dtype, bias)
 
 
 def double(inputs: Inputs) -> Inputs:
@@ -65,13 +57,8 @@ def case(
 
 
 def check(inputs: Inputs, truth: Truth, scale: float = -1.0) -> None:
-    """The rule, but for psi's bias: the error of one number is chance."""
     with poisoned_memory():
-        actual = evaluate_pair(*inputs, scale, "cpu").results
-    for name in actual.keys() - {"dpsi_bias"}:
-        assert_exact_as_torch(
-            f"{name} {inputs[0].shape}", actual[name], truth.plain[name], truth.exact[name]
-        )
+        check_pair("cpu", *inputs, scale=scale, truth=truth)
 
 
 def relative_error(actual: Tensor, exact: Tensor) -> float:

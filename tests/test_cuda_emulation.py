@@ -21,10 +21,12 @@ from cin_fast.testing import (
     KERNEL_DTYPES,
     assert_exact_as_torch,
     check_cci,
+    check_pair,
     check_sci,
     evaluate_cci,
     evaluate_sci,
     make_input,
+    make_pair_inputs,
     make_pairs,
 )
 
@@ -166,6 +168,19 @@ def test_cci_on_hopper_goes_round_the_ring(emulator: Emulator, columns: int | No
         x, v, dy = inputs("relu", shape, columns, torch.bfloat16)
         partner = torch.tensor([3, 1, 2, 0])
         check_cci("cuda", x, partner, torch.tensor([0.7, -0.4, 1.0, 0.0]), v, dy)
+
+
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
+@pytest.mark.parametrize("chip", [AMPERE, HOPPER])
+def test_pair_takes_the_statistics_from_sci(
+    emulator: Emulator, chip: int, dtype: torch.dtype
+) -> None:
+    emulator.choose(chip)
+    for shape in ((16, 17, 5), (3, 140, 49)):
+        check_pair("cuda", *make_pair_inputs(shape, 9, "relu", dtype, bias=-0.6))
+    kernels = {kernel for kernel, _ in emulator.blocks}
+    assert {"cci_forward", "cci_wgmma_forward"} & kernels
+    assert not any("statistics" in kernel for kernel in kernels)
 
 
 @pytest.mark.parametrize("chip", [AMPERE, HOPPER])

@@ -12,8 +12,10 @@ from cin_fast.testing import (
     KERNEL_DTYPES,
     SHAPES,
     check_cci,
+    check_pair,
     check_sci,
     make_input,
+    make_pair_inputs,
     make_pairs,
 )
 
@@ -79,6 +81,19 @@ def test_rule_without_wgmma(
     x, v, dy = draw("diffuse", (2, 500, 196), columns, dtype, device)
     check_sci("cuda", x, v, dy)
     check_cci("cuda", x, *make_pairs(2, device), v, dy)
+
+
+@pytest.mark.parametrize("path", ["", "sm80"])
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
+def test_rule_for_pairs(
+    device: torch.device, dtype: torch.dtype, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if path and torch.cuda.get_device_capability(device) != (9, 0):
+        pytest.skip("this GPU has one path")
+    monkeypatch.setenv("CIN_FAST_CUDA_PATH", path)
+    for shape in ((16, 17, 5), (5, 300, 49), (20, 512, 196)):
+        inputs = make_pair_inputs(shape, 9, "relu", dtype, bias=-0.6)
+        check_pair("cuda", *(t.to(device) for t in inputs))
 
 
 @pytest.mark.parametrize("path", ["", "sm80"])

@@ -13,8 +13,10 @@ from cin_fast.testing import (
     KERNEL_DTYPES,
     SHAPES,
     check_cci,
+    check_pair,
     check_sci,
     make_input,
+    make_pair_inputs,
     make_pairs,
 )
 
@@ -50,6 +52,13 @@ def test_rule(
         dy = make_input("randn", (x if v is None else v).shape, dtype, device, 2)
         check_sci("triton", x, v, dy)
         check_cci("triton", x, *make_pairs(shape[0], device), v, dy)
+
+
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
+def test_rule_for_pairs(device: torch.device, dtype: torch.dtype) -> None:
+    for shape in ((16, 17, 5), (20, 512, 196)):
+        inputs = make_pair_inputs(shape, 9, "relu", dtype, bias=-0.6)
+        check_pair("triton", *(t.to(device) for t in inputs))
 
 
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES)

@@ -26,10 +26,12 @@ from cin_fast.testing import (
     KERNEL_DTYPES,
     SHAPES,
     assert_exact_as_torch,
+    check_pair,
     check_sci,
     evaluate_cci,
     evaluate_sci,
     make_input,
+    make_pair_inputs,
     make_pairs,
 )
 
@@ -189,8 +191,22 @@ def any_partners() -> None:
     check([(x, v, dy, partner, eta) for partner in involutions])
 
 
+def pairs(dtype: str) -> None:
+    """cci takes its rows' numbers from sci."""
+    with poisoned(), mock.patch("cin_fast.kernels.launch.KERNELS", without("row_numbers")):
+        for shape in ((16, 17, 5), (2, 140, 20)):
+            inputs = make_pair_inputs(shape, 9, "relu", getattr(torch, dtype), bias=-0.6)
+            check_pair("triton", *inputs)
+
+
+def without(kernel: str) -> dict[str, object]:
+    from cin_fast.kernels import launch
+
+    return {name: one for name, one in launch.KERNELS.items() if name != kernel}
+
+
 def operators(columns: int | None) -> None:
-    """Schema, fake and autograd of the four operators agree with what the kernels return."""
+    """Schema, fake and autograd of the operators agree with what the kernels return."""
     x, v, _, partner, eta = draw((2, 5, 6), columns, "relu", torch.float32)
     leaves = [None if t is None else t.requires_grad_() for t in (x, v, eta)]
     x, v, eta = leaves
@@ -198,6 +214,10 @@ def operators(columns: int | None) -> None:
     assert not dispatch.why_not(x, "triton")
     torch.library.opcheck(torch.ops.cin_fast.triton_sci, (x, v, -1.0))
     torch.library.opcheck(torch.ops.cin_fast.triton_cci, (x, partner, eta, v, -1.0))
+    if v is not None:
+        _, *rows, _ = torch.ops.cin_fast.triton_sci(x.detach(), v.detach(), -1.0)
+        arguments = (x, partner, eta, v, *rows, -1.0)
+        torch.library.opcheck(torch.ops.cin_fast.triton_cci_after_sci, arguments)
 
 
 def one_graph() -> None:
@@ -262,7 +282,7 @@ for _dtype in NAMES:
     for _columns in (1, 16, 40):
         add_rule(SMALL[2:6], _columns, "relu", _dtype, CHIPS[_dtype])
     for _function in (
-        *(long_rows, wide_values, large_activations, identical_rows, strided, repeatable),
+        *(long_rows, wide_values, large_activations, identical_rows, strided, repeatable, pairs),
     ):
         add(_function, _dtype)
 for _columns, _chip in itertools.product((None, 9), (AMPERE, HOPPER)):

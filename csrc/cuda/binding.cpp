@@ -225,6 +225,25 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cci(const Tensor& x, const Tensor& pa
   return {r.y, b, r.row_max, r.row_sum};
 }
 
+std::tuple<Tensor, Tensor> cci_after_sci(const Tensor& x, const Tensor& partner, const Tensor& eta,
+                                         const Tensor& v, const Tensor& row_max,
+                                         const Tensor& row_sum, double scale) {
+  Call call(x);
+  Tensor y = call.empty(shape_of(v), x.scalar_type());
+  Tensor b = call.empty(shape_of(v), x.scalar_type());
+  const Tensor partners = torch::stable::contiguous(partner);
+  const Tensor etas = torch::stable::contiguous(eta);
+  // Only read.
+  float* peaks = const_cast<float*>(const_data<float>(row_max));
+  float* sums = const_cast<float*>(const_data<float>(row_sum));
+  check(cin_fast::cci_forward(
+            call.context, dtype_of(x), shape(x, v), static_cast<float>(scale),
+            {view(x), view(v), const_data<int64_t>(partners), const_data<float>(etas),
+             data<void>(y), data<void>(b), peaks, sums, /*after_sci=*/true}),
+        "cci_after_sci");
+  return {y, b};
+}
+
 std::tuple<Tensor, Tensor, Tensor> cci_backward(const Tensor& dy, const Tensor& x,
                                                 const Tensor& partner, const Tensor& eta,
                                                 const std::optional<Tensor>& v, const Tensor&,
@@ -345,6 +364,7 @@ STABLE_TORCH_LIBRARY_IMPL(cin_fast, CUDA, m) {
   m.impl("cuda_sci_values", TORCH_BOX(&sci_values));
   m.impl("cuda_sci_backward", TORCH_BOX(&sci_backward));
   m.impl("cuda_cci", TORCH_BOX(&cci));
+  m.impl("cuda_cci_after_sci", TORCH_BOX(&cci_after_sci));
   m.impl("cuda_cci_backward", TORCH_BOX(&cci_backward));
   m.impl("cuda_tap_means", TORCH_BOX(&tap_means));
   m.impl("cuda_tap_means_backward", TORCH_BOX(&tap_means_backward));

@@ -1,6 +1,6 @@
-// cci, forward: a sweep for peaks and sums, then one for the result. In the second each of a
-// block's two groups computes its own image's part of a tile and trades it, in shared memory, for
-// the other's; one group collects y, the other b.
+// cci, forward: a sweep for peaks and sums, unless sci has left them, then one for the result. In
+// the second each of a block's two groups computes its own image's part of a tile and trades it, in
+// shared memory, for the other's; one group collects y, the other b.
 #include "cci.cuh"
 
 namespace cin_fast {
@@ -97,15 +97,21 @@ cudaError_t launch_forward(const Context& context, const Shape& shape,
 }
 
 template <class Products>
-cudaError_t forward(const Context& context, const Shape& shape,
-                    const StatisticsParameters<typename Products::Element>& statistics,
-                    const ForwardParameters<typename Products::Element>& p) {
+cudaError_t launch_statistics(const Context& context, const Shape& shape,
+                              const StatisticsParameters<typename Products::Element>& parameters) {
   using T = typename Products::Element;
   const int row_blocks = divide_up(shape.channels, kBlockRows);
-  CIN_FAST_RETURN_IF_ERROR(launch(context, "cci_statistics", cci_statistics_kernel<Products>,
-                                  dim3(shape.batch * row_blocks), kGroupThreads,
-                                  2 * Stream<Products, kStreamWidth>::kStage * sizeof(T),
-                                  statistics, row_blocks));
+  return launch(context, "cci_statistics", cci_statistics_kernel<Products>,
+                dim3(shape.batch * row_blocks), kGroupThreads,
+                2 * Stream<Products, kStreamWidth>::kStage * sizeof(T), parameters, row_blocks);
+}
+
+template <class Products>
+cudaError_t forward(const Context& context, const Shape& shape, const CciForward& a,
+                    const StatisticsParameters<typename Products::Element>& statistics,
+                    const ForwardParameters<typename Products::Element>& p) {
+  if (!a.after_sci)
+    CIN_FAST_RETURN_IF_ERROR(launch_statistics<Products>(context, shape, statistics));
   return p.columns <= kThin ? launch_forward<Products, kThin>(context, shape, p)
                             : launch_forward<Products, kChunk<Products>>(context, shape, p);
 }
@@ -136,7 +142,7 @@ cudaError_t cci_forward(const Context& context, Dtype dtype, const Shape& shape,
     CIN_FAST_RETURN_IF_ERROR(aligned_batch(context, a.x, shape, shape.positions, &p.x));
     statistics.x = p.v = p.x;
     if (a.v.data) CIN_FAST_RETURN_IF_ERROR(aligned_batch(context, a.v, shape, p.columns, &p.v));
-    return cci::forward<Products>(context, shape, statistics, p);
+    return cci::forward<Products>(context, shape, a, statistics, p);
   });
 }
 

@@ -1,8 +1,9 @@
 // cci forward on sm_90a: 16-bit operands, at most 208 positions, v = x or at most 16 columns of v.
-// A sweep for peaks and sums, then one for the results. Where v is thin, a block owns 128 rows of
-// both images of a pair: a warp group computes both images' weights for 64 of them, and nothing is
-// traded. Where v = x, a block owns 64 rows of one image: one warp group collects y, the other b,
-// each from its own image's weights and those that the other trades for them.
+// A sweep for peaks and sums, unless sci has left them, then one for the results. Where v is thin,
+// a block owns 128 rows of both images of a pair: a warp group computes both images' weights for 64
+// of them, and nothing is traded. Where v = x, a block owns 64 rows of one image: one warp group
+// collects y, the other b, each from its own image's weights and those that the other trades for
+// them.
 #include "cci.cuh"
 #include "warpgroup.cuh"
 
@@ -251,12 +252,14 @@ cudaError_t wgmma_forward(const Context& context, const Shape& shape, const CciF
   CIN_FAST_RETURN_IF_ERROR(own_panels(context, a.x, shape, shape.positions, &x));
   if (a.v.data) CIN_FAST_RETURN_IF_ERROR(own_panels(context, a.v, shape, p.columns, &v));
   return with_columns(shape, !a.v.data, [&]<int kColumns, bool kTied>() {
-    using Statistics = StatisticsTiles<T, kColumns>;
     Maps maps{};
-    CIN_FAST_RETURN_IF_ERROR(Statistics::X::encode(&maps.x, x));
-    CIN_FAST_RETURN_IF_ERROR(launch_row_blocks(
-        context, shape, kConsumerRows, "cci_wgmma_statistics",
-        cci_wgmma_statistics_kernel<T, kColumns>, Statistics::kSharedBytes, maps, statistics));
+    if (!a.after_sci) {
+      using Statistics = StatisticsTiles<T, kColumns>;
+      CIN_FAST_RETURN_IF_ERROR(Statistics::X::encode(&maps.x, x));
+      CIN_FAST_RETURN_IF_ERROR(launch_row_blocks(
+          context, shape, kConsumerRows, "cci_wgmma_statistics",
+          cci_wgmma_statistics_kernel<T, kColumns>, Statistics::kSharedBytes, maps, statistics));
+    }
     if constexpr (kTied) {
       using Tiles = TiedTiles<T, kColumns>;
       CIN_FAST_RETURN_IF_ERROR(Tiles::X::encode(&maps.x, x));
