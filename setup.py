@@ -1,9 +1,8 @@
 """Builds the compiled backends; everything else about the package stands in pyproject.toml.
 
 ``pip install .`` builds what this machine can build and leaves the rest out, saying why.
-``python setup.py build_ext --inplace`` has to build everything, or fails.
-
-The CUDA kernels need nvcc and no GPU; where nvcc is missing they are left out, unless asked for.
+``python setup.py build_ext --inplace`` fails where that does not build; the CUDA kernels, which
+need nvcc and no GPU, it leaves out where there is no nvcc, unless they are asked for.
 
 Environment: CIN_FAST_BUILD=0 builds nothing, CIN_FAST_BUILD=1 has to build everything;
 CIN_FAST_CUDA=0 leaves the CUDA kernels out, CIN_FAST_CUDA=1 has to build them;
@@ -15,6 +14,7 @@ CXX as usual.
 import contextlib
 import json
 import os
+import re
 import runpy
 import shutil
 import subprocess
@@ -106,6 +106,7 @@ def cuda_extension() -> Extension:
         raise CannotBuildError("CIN_FAST_SANITIZE=1 is for the CPU kernels")
     if sys.platform != "linux":
         raise CannotBuildError(f"it builds on Linux, this is {sys.platform}")
+    cuda_chips()
     home = cuda_home()
     return CppExtension(
         "cin_fast._C",
@@ -120,10 +121,22 @@ def cuda_extension() -> Extension:
     )
 
 
+def cuda_chips() -> list[str]:
+    """TORCH_CUDA_ARCH_LIST's, as nvcc names them, less those that the kernels do not run on."""
+    listed = os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip() or "8.0;9.0a"
+    names = [name.removesuffix("+PTX") for name in re.split(r"[;,\s]+", listed) if name]
+    if not all(re.fullmatch(r"\d+\.\d[af]?", name) for name in names):
+        raise CannotBuildError(f"TORCH_CUDA_ARCH_LIST: expected e.g. 8.0;9.0a, found {listed}")
+    # wgmma is in 9.0a alone; what is compiled for 9.0 could not take its place.
+    chips = ["9.0a" if name == "9.0" else name for name in names if float(name[:3]) >= 8]
+    if not chips:
+        raise CannotBuildError(f"TORCH_CUDA_ARCH_LIST: needs a chip from 8.0 on, found {listed}")
+    return [name.replace(".", "") for name in dict.fromkeys(chips)]
+
+
 def nvcc_commands(folder: Path) -> dict[Path, list[str]]:
     """What compiles the kernels for every chip: object -> command, a file of kernels each."""
-    listed = os.environ.get("TORCH_CUDA_ARCH_LIST", "8.0;9.0a").replace(" ", ";").split(";")
-    chips = [name.removesuffix("+PTX").replace(".", "") for name in listed if name]
+    chips = cuda_chips()
     targets = [f"-gencode=arch=compute_{chip},code=sm_{chip}" for chip in chips]
     # Chips that nothing here names compile the plainest version when they first meet it.
     plainest = min(chips, key=lambda chip: int(chip.rstrip("af")))

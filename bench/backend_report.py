@@ -14,7 +14,7 @@ from gpu_report import markdown, short_commit, written_by
 from cin_fast.dispatch import preferred
 
 FILE = "backends.json"
-OURS = ("cuda", "triton", "matmul")
+GPU_BACKENDS = ("cuda", "triton", "matmul")
 # Of float32 alone something else than "highest" is asked.
 _PRODUCTS = {"high": ", TF32", "highest": ""}
 _HOW = """`matmul` is library products, a few images at a time, `eager` whole matrices as PyTorch
@@ -87,7 +87,7 @@ def peaks(run: BackendRun) -> dict[str, str]:
 
 def kernels_paragraphs(run: BackendRun, where: str) -> list[str]:
     """What docs/kernels.md says of it: everybody's milliseconds, forward and in both directions."""
-    names = (*OURS, "eager")
+    names = (*GPU_BACKENDS, "eager")
     header = ("forward / forward + backward, ms", *names, "runs by itself")
     rows = [(one.title, *(_both(one, name) for name in names), one.chosen) for one in run.answers]
     return [

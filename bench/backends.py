@@ -26,7 +26,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
-from backend_report import FILE, OURS
+from backend_report import FILE, GPU_BACKENDS
 from cases import DEVICE, Case, main_case, network_cases
 from gpu import describe_device, no_gpu
 from kernel_times import THIN, Subject, cci, subjects
@@ -172,7 +172,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--output", type=Path, help=f"(default: bench/results/MACHINE/{FILE})")
     parser.add_argument("--commit", help="what runs, where git does not know")
-    parser.add_argument("--backends", nargs="+", default=OURS, choices=OURS, help="(all)")
+    parser.add_argument(
+        "--backends", nargs="+", default=GPU_BACKENDS, choices=GPU_BACKENDS, help="(all)"
+    )
     parser.add_argument("--match", nargs="+", default=[""], help="questions that hold one of these")
     parser.add_argument("--limit", type=float, default=300.0, help="seconds for all (300)")
     options = parser.parse_args(arguments)

@@ -30,7 +30,7 @@ from machine import results_folder
 
 from cin_fast.info import device_name, git_commit, versions
 
-OURS = "cpu"
+SUBJECT = "cpu"
 
 
 @dataclass(frozen=True)
@@ -78,13 +78,13 @@ def _targets() -> list[Target]:
         f"{what}, {backbone} + CIN over plain" for what in ("inference", "training step")
     )
     return [
-        Target("dense sci forward, float32", main, OURS, "sdpa", sci, 2.0, 2.8),
-        Target("dense sci forward + backward, float32", both, OURS, "sdpa", sci, 1.8, 2.5),
-        Target("dense sci forward, bfloat16", low, OURS, "sdpa", sci, 2.0, 4.0),
-        Target("head, pooled", main, OURS, "eager", head, 10.0, 20.0),
-        Target("pair head in training, pooled", both, OURS, "eager", pair, 8.0, 15.0),
-        Target("DANet forward + backward over SDPA", danet, OURS, "sdpa", sci, 1.0, 2.0),
-        Target("DANet forward + backward over eager", danet, OURS, "eager", sci, 1.0, 2.0),
+        Target("dense sci forward, float32", main, SUBJECT, "sdpa", sci, 2.0, 2.8),
+        Target("dense sci forward + backward, float32", both, SUBJECT, "sdpa", sci, 1.8, 2.5),
+        Target("dense sci forward, bfloat16", low, SUBJECT, "sdpa", sci, 2.0, 4.0),
+        Target("head, pooled", main, SUBJECT, "eager", head, 10.0, 20.0),
+        Target("pair head in training, pooled", both, SUBJECT, "eager", pair, 8.0, 15.0),
+        Target("DANet forward + backward over SDPA", danet, SUBJECT, "sdpa", sci, 1.0, 2.0),
+        Target("DANet forward + backward over eager", danet, SUBJECT, "eager", sci, 1.0, 2.0),
         Target(inference, models.INFERENCE, cin, backbone, models, 1.10, 1.05, overhead=True),
         Target(step, models.TRAINING, cin, backbone, models, 1.15, 1.08, overhead=True),
     ]

@@ -11,10 +11,11 @@ import pytest
 import torch
 from cases import DEVICE, Case, head_cases
 from compare import Entry, LeftOut, Work
-from rivals import OURS, why_not_ours
+from rivals import why_not_ours
 from torch import Tensor, nn
 
 from cin_fast.cost import sci_flops
+from cin_fast.dispatch import BACKENDS
 from cin_fast.nn import CCI, SCI
 from cin_fast.testing import ORDERS, Standard, assert_exact_as_torch, draw_order, make_input
 
@@ -152,7 +153,7 @@ def work(case: Case, name: str) -> Work:
     return Work(3 * flops, case.maps(2), case.dtype)
 
 
-@pytest.mark.parametrize("rival", ["eager", *OURS])
+@pytest.mark.parametrize("rival", ["eager", *BACKENDS])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_pair_head(case: Case, rival: str, versus) -> None:
     """Maps of a training batch."""

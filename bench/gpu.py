@@ -380,6 +380,10 @@ def pass_over_matrices(dtype: Any, columns: int) -> None:
     weights, ds = torch.empty(2, 2, 3, columns, dtype=dtype, device="cuda")
     torch.ops.cin_fast.cuda_softmax_rows(weights, logits, -1.0)
     torch.ops.cin_fast.cuda_softmax_rows_backward(weights, ds, logits, dp, -1.0)
+    partner, eta = torch.tensor([1, 0], device="cuda"), torch.ones(2, device="cuda")
+    deta = torch.empty(logits.shape[:2], device="cuda")
+    torch.ops.cin_fast.cuda_cci_rows(weights, logits, partner, eta, -1.0)
+    torch.ops.cin_fast.cuda_cci_rows_backward(weights, ds, deta, logits, dp, partner, eta, -1.0)
 
 
 def hear_interrupts() -> None:
@@ -417,7 +421,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     hear_interrupts()
     about = describe_device() | ({"commit": options.commit} if options.commit else {})
     planned = plan(
-        about["capability"].replace("9.0", "9.0a"),
+        about["capability"],
         shutil.which("compute-sanitizer"),
         build=not options.no_build,
         patient=options.limit >= PATIENT,

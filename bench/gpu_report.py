@@ -12,8 +12,8 @@ from typing import Any
 
 from results_file import ATTENTION
 
-OURS = ("triton", "cuda")
-_NO_RIVAL = (*OURS, "matmul", "cpu", "reference")
+FUSED = ("triton", "cuda")
+_NO_RIVAL = (*FUSED, "matmul", "cpu", "reference")
 # Left out of a run that is short of time.
 _SLOW_TO_COMPILE = ("compiled", "flex")
 _TITLES = {
@@ -52,7 +52,7 @@ class Group:
     @property
     def ours(self) -> str:
         """The faster of our backends; empty if none was measured."""
-        return self._fastest(*OURS)
+        return self._fastest(*FUSED)
 
     @property
     def rival(self) -> str:
@@ -184,7 +184,7 @@ def table(run: GpuRun) -> str:
     header = ("", "fastest rival, ms", "triton, ms", "cuda, ms", "times as fast",
               "share of the product")  # fmt: skip
     rows = [
-        (group.title, group.named(group.rival), *map(group.milliseconds, OURS), group.ratio,
+        (group.title, group.named(group.rival), *map(group.milliseconds, FUSED), group.ratio,
          run.share(group))
         for group in run.groups
     ]  # fmt: skip

@@ -23,11 +23,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from cases import DEVICE, Case, main_case
 from gpu import describe_device, no_gpu
+from kernel_report import FILE, LEAST_SECONDS
 from machine import results_folder
 from measure import interleaved, measure_ceilings
 from operators import Problem, run
 from rivals import (
-    OURS,
     Rival,
     eager_cci,
     eager_head,
@@ -41,11 +41,11 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 import cin_fast
+from cin_fast import dispatch
 from cin_fast.cost import sci_flops
 from cin_fast.testing import make_input, make_pairs, make_psi
 
 BACKENDS, THIN, ROUNDS, TRACED = ("cuda", "triton"), 9, 12, 6
-LEAST_SECONDS = 4e-6
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,11 @@ def pair_head(one: Subject) -> Subject:
 
 
 def _plain(rivals: Sequence[Rival]) -> dict[str, Callable[..., Tensor]]:
-    return {one.name: one.call for one in rivals if not one.compiles and one.name not in OURS}
+    return {
+        one.name: one.call
+        for one in rivals
+        if not one.compiles and one.name not in dispatch.BACKENDS
+    }
 
 
 def cci(x: Tensor, *more: Tensor, backend: str) -> Tensor:
@@ -183,7 +187,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     about |= {"commit": options.commit or about["commit"], "case": vars(case)}
     limits = {case.dtype_name: vars(measure_ceilings(case.dtype, DEVICE))}
     about |= {"ceilings": limits, "left_out": [], "rows": []}
-    path = options.output or results_folder() / "kernels.json"
+    path = options.output or results_folder() / FILE
     path.parent.mkdir(parents=True, exist_ok=True)
     one = head(case)
     for subject in (*subjects(case), one, pair_head(one)):

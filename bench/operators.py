@@ -10,9 +10,10 @@ from functools import cached_property, partial
 import torch
 from cases import QUICK, Case
 from compare import Entry, LeftOut
-from rivals import OURS, Rival, forget_compiled
+from rivals import Rival, forget_compiled
 from torch import Tensor
 
+from cin_fast.dispatch import BACKENDS
 from cin_fast.testing import Standard, assert_exact_as_torch, make_pairs
 
 # Compilation takes seconds a shape and direction, and must not eat the run.
@@ -134,7 +135,7 @@ class _Compilation:
 
 def _check(rival: Rival, problem: Problem) -> None:
     """An own backend that fails is a failure; a rival that fails is left out, and says why."""
-    if rival.name in OURS:
+    if rival.name in BACKENDS:
         check_rule(rival.name, rival.call, problem)
         return
     if rival.compiles and _Compilation.spent > _COMPILE_SECONDS:

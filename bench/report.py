@@ -47,11 +47,12 @@ NOTHING = """No table stands here until one is committed from a machine that did
 `make bench` takes about ten minutes, and `make bench-report` writes this section from it."""
 NO_GPU = "No GPU has been measured yet."
 HEADER = ("", "on", "backend", "eager", "`torch.compile`", "attention", "peak MiB, ours / eager")
-_WHAT_IS_COMPARED = """How many times as fast as PyTorch users' own: eager (bmm, softmax, bmm; whole
-heads with convolution and mean), `torch.compile` of it, and the fastest attention over channels
-(`scaled_dot_product_attention`, which gives the same numbers as `(-x, x, x, scale=1)`, its backends
-and FlexAttention). Medians of ResNet-50's map at 448 px, on the CPU in float32, where nothing else
-is said; - where a rival cannot express it or was not measured."""
+_WHAT_IS_COMPARED = """\
+Speed-up of cin_fast over what PyTorch users write: eager code (bmm, softmax, bmm; for heads also
+convolution and mean), the same under `torch.compile`, and the fastest attention over channels
+(`scaled_dot_product_attention(-x, x, x, scale=1)`, which gives the same numbers, its backends and
+FlexAttention). Medians. Unless a row says otherwise: ResNet-50's map at 448 px, on the CPU in
+float32. `-`: cannot express it, or not measured."""
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import cin_fast
 from cin_fast import dispatch
+from cin_fast.dispatch import BACKENDS
 from cin_fast.nn import mean_of_conv
 from cin_fast.pair import pair_columns
 
-OURS = dispatch.BACKENDS
 _SDPA = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
@@ -86,9 +86,9 @@ def sdpa_head(x_BCHW: Tensor, *phi: Tensor) -> Tensor:
 
 def pooled_head(x_BCHW: Tensor, *phi: Tensor, backend: str) -> Tensor:
     """The mean of Z without Y and without the convolution's map."""
-    v_BC9 = cin_fast.tap_means(x_BCHW)
+    v_BC9 = cin_fast.tap_means(x_BCHW, backend=backend)
     y_BC9 = cin_fast.sci(x_BCHW, v_BC9, backend=backend)
-    return mean_of_conv(Phi(*phi), y_BC9) + v_BC9[..., 4]
+    return mean_of_conv(Phi(*phi), y_BC9, backend) + v_BC9[..., 4]
 
 
 def pooled_pair_head(
@@ -102,9 +102,10 @@ def pooled_pair_head(
     backend: str,
 ) -> Tensor:
     """The means of Z and, behind them, of Z' (2B, C): the head of a training step."""
-    v_BC9 = cin_fast.tap_means(x_BCHW)
+    v_BC9 = cin_fast.tap_means(x_BCHW, backend=backend)
     columns = pair_columns(x_BCHW, partner, psi_weight, psi_bias, v_BC9, mean=4, backend=backend)
-    return mean_of_conv(Phi(weight, bias), torch.cat(columns)) + v_BC9[..., 4].repeat(2, 1)
+    means_BC = v_BC9[..., 4].repeat(2, 1)
+    return mean_of_conv(Phi(weight, bias), torch.cat(columns), backend) + means_BC
 
 
 def sci_rivals() -> list[Rival]:
@@ -118,7 +119,7 @@ def sci_rivals() -> list[Rival]:
             for name, backend in _SDPA.items()
         ),
         Rival("flex", _flex, _needs_gpu, compiles=True),
-        *(Rival(name, partial(_sci, backend=name), _ours(name)) for name in OURS),
+        *(Rival(name, partial(_sci, backend=name), _ours(name)) for name in BACKENDS),
     ]
 
 
@@ -127,7 +128,7 @@ def cci_rivals() -> list[Rival]:
     return [
         Rival("eager", eager_cci),
         _compiled(eager_cci),
-        *(Rival(name, partial(_cci, backend=name), _ours(name)) for name in OURS),
+        *(Rival(name, partial(_cci, backend=name), _ours(name)) for name in BACKENDS),
     ]
 
 
@@ -137,7 +138,7 @@ def head_rivals() -> list[Rival]:
         Rival("eager", eager_head),
         _compiled(eager_head),
         Rival("sdpa", sdpa_head),
-        *(Rival(name, partial(pooled_head, backend=name), _ours(name)) for name in OURS),
+        *(Rival(name, partial(pooled_head, backend=name), _ours(name)) for name in BACKENDS),
     ]
 
 

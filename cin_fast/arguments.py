@@ -44,7 +44,7 @@ def as_autocast(x: Tensor, v: Tensor | None) -> tuple[Tensor, Tensor | None]:
 
 
 def check_features(x: Tensor) -> None:
-    """Refuse, with ``ValueError``, what is no features of the operators."""
+    """Raise ValueError unless x can be the operators' features."""
     if not isinstance(x, Tensor):
         raise ValueError(f"x: expected a tensor, found {type(x).__name__}")
     if x.layout != torch.strided:

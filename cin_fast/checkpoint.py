@@ -18,6 +18,8 @@ from torch import Tensor
 
 from cin_fast.files import WriteError, replacing, write_text
 
+# A run folder's, after its last whole epoch.
+LAST = "last.pt"
 FORMAT = 1
 
 
@@ -90,6 +92,10 @@ def load(path: Path) -> Checkpoint:
     missing = wanted - set(content)
     if missing:
         raise CheckpointError(f"{path} lacks {', '.join(sorted(missing))}")
+    unknown = set(content) - {one.name for one in fields(Checkpoint)}
+    if unknown:
+        names = ", ".join(sorted(map(str, unknown)))
+        raise CheckpointError(f"{path} holds {names}, which this version does not know")
     return Checkpoint(**{**content, "classes": tuple(content["classes"])})
 
 

@@ -162,7 +162,7 @@ def from_mapping(values: Mapping[str, Any], source: str = "settings") -> TrainCo
     hints = get_type_hints(TrainConfig)
     checked: dict[str, Any] = {}
     for key, value in values.items():
-        name = key.replace("-", "_")
+        name = str(key).replace("-", "_")
         if name not in hints:
             raise ValueError(f"{source}: unknown setting {key!r}; see cin-fast-train --help")
         kind = hints[name]
@@ -185,11 +185,9 @@ def parse(argv: Sequence[str] | None = None, command: str = "cin-fast-train") ->
     """
     options = vars(_parser(command).parse_args(argv))
     path = options.pop("config") or _settings_of_the_run(options)
-    return (
-        from_mapping({**read_settings(Path(path)), **options}, path)
-        if path
-        else (from_mapping(options, "command line"))
-    )
+    if path:
+        return from_mapping({**read_settings(Path(path)), **options}, path)
+    return from_mapping(options, "command line")
 
 
 def _settings_of_the_run(options: Mapping[str, Any]) -> str:

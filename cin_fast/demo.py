@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from cin_fast.checkpoint import LAST
 from cin_fast.config import TrainConfig
 from cin_fast.data.synthetic import SyntheticBirds
 from cin_fast.train import train
@@ -72,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for method, metrics in results.items():
         print(f"  {method:8}{metrics['test_top1']:7.2%}   in {metrics['seconds']:.0f} s")
     print(f"  chance  {results['cin']['chance_top1']:7.2%}")
-    print(f"checkpoint  {options.output / 'cin' / 'last.pt'}")
+    print(f"checkpoint  {options.output / 'cin' / LAST}")
     print(f"metrics     {options.output / 'cin' / 'metrics.json'}")
     print("pictures    " + "\n            ".join(str(path) for path in pictures))
     return 0

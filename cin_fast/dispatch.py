@@ -51,7 +51,8 @@ def preferred(device: str, dtype: torch.dtype, positions: int) -> tuple[str, ...
 
     On a GPU ``python bench/backends.py`` compares. In both directions the fused kernels win where
     operands fit into shared memory as tensor cores want them, sci by 3 to 5 times; elsewhere
-    library products do, by 0.9 to 90 (docs/kernels.md, "Which backend where").
+    library products are faster, up to 90 times, but for thin v at 7 x 7 in TF32, where they take
+    1.1 times as long (docs/kernels.md, "Which backend where").
     """
     if device == "cpu":
         return ("cpu", "reference")

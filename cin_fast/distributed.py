@@ -26,6 +26,9 @@ class World:
         return self.rank == 0
 
 
+ALONE = World(0, 1, 0)
+
+
 def world_of_process() -> World:
     """This process as torchrun started it, or as the only one."""
     rank, size, local_rank = (
@@ -50,7 +53,7 @@ def join(device: str) -> Iterator[World]:
         dist.destroy_process_group()
 
 
-def pick_device(name: str, world: World) -> torch.device:
+def pick_device(name: str, world: World = ALONE) -> torch.device:
     """The device that ``--device`` means for this process.
 
     Raises:

@@ -1,7 +1,4 @@
-"""``cin-fast-eval``, and the counting behind it: every image once, however many processes share it.
-
-The loop of :mod:`cin_fast.train` uses :func:`score` alone.
-"""
+"""``cin-fast-eval``: what a checkpoint gets right, by class, and what it takes for what."""
 
 from __future__ import annotations
 
@@ -10,86 +7,19 @@ import contextlib
 import csv
 import json
 import sys
-import time
-from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from cin_fast import command
 from cin_fast.data import DataError, ImageDataset, build_dataset, dataset_names
-from cin_fast.distributed import World, pick_device
+from cin_fast.distributed import pick_device
 from cin_fast.files import replacing
+from cin_fast.scores import Scores, score
 from cin_fast.trained import Trained, load_trained
-
-
-@dataclass(frozen=True)
-class Scores:
-    """What a dataset gave: rows of the confusion matrix are true classes, columns predicted.
-
-    ``top5`` is the share of images whose class is among the best five, 0 to 1.
-    """
-
-    confusion: Tensor
-    top5: float
-    images: int
-    seconds: float
-
-    @property
-    def top1(self) -> float:
-        """Share of images whose best class is right, 0 to 1."""
-        return int(self.confusion.diagonal().sum()) / max(self.images, 1)
-
-    @property
-    def confused(self) -> list[tuple[int, int, int]]:
-        """(true class, predicted class, images) of the mistakes made, most frequent first."""
-        wrong = self.confusion.clone().fill_diagonal_(0)
-        order = wrong.flatten().argsort(descending=True, stable=True)
-        size = len(wrong)
-        cells = [(int(i) // size, int(i) % size, int(wrong.flatten()[i])) for i in order[:10]]
-        return [cell for cell in cells if cell[2] > 0]
-
-    @property
-    def per_class(self) -> Tensor:
-        """Accuracy of each class, NaN where the dataset has no image of it."""
-        return self.confusion.diagonal() / self.confusion.sum(1)
-
-
-@torch.inference_mode()
-def score(
-    model: nn.Module,
-    batches: Iterable[tuple[Tensor, Tensor]],
-    num_classes: int,
-    device: torch.device,
-    autocast: AbstractContextManager[object],
-) -> Scores:
-    """Run ``model`` in evaluation mode over this process's batches; counts span all processes."""
-    # Here, as its import takes a second that a command with a wrong argument need not wait for.
-    from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
-
-    was_training = model.training
-    model.eval()
-    # Their sums are over all processes.
-    confusion = MulticlassConfusionMatrix(num_classes).to(device)
-    top5 = MulticlassAccuracy(num_classes, top_k=min(5, num_classes), average="micro").to(device)
-    start = time.perf_counter()
-    for images, labels in batches:
-        labels = labels.to(device, non_blocking=True)
-        with autocast:
-            logits = model(images.to(device, non_blocking=True)).float()
-        confusion.update(logits, labels)
-        top5.update(logits, labels)
-    counts = confusion.compute().cpu()
-    share = float(top5.compute())
-    seconds = time.perf_counter() - start
-    model.train(was_training)
-    return Scores(counts, share, int(counts.sum()), seconds)
 
 
 def report(scores: Scores, classes: Sequence[str]) -> dict[str, Any]:
@@ -141,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(argv)
 
     def body() -> int:
-        device = pick_device(options.device, World(0, 1, 0))
+        device = pick_device(options.device)
         trained = load_trained(options.checkpoint, device)
         images = _test_images(trained, options)
         command.writable_folder(options.output)

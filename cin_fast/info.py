@@ -47,6 +47,9 @@ def cpu_name() -> str:
 def git_commit() -> str:
     """The commit of the source that runs, ``-dirty`` if changed; "unknown" outside git."""
     here = Path(__file__).resolve().parent
+    # Installed, it may lie in an environment inside another project's repository.
+    if not (here.parent / ".git").exists():
+        return "unknown"
     try:
         found = subprocess.run(
             ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12"],

@@ -91,7 +91,7 @@ def cci_backward(
     return dx_BCL, deta_B, dv_BCK
 
 
-# A group's matrices live as long as one of these four, so that no two groups' are there at once.
+# One function call per group: its matrices are freed before the next group's are made.
 
 
 def _sci(x_NCL: Tensor, v_NCK: Tensor, scale: float, *, out: Tensor) -> None:

@@ -68,7 +68,7 @@ class SCI(nn.Module):
         backend: passed to :func:`cin_fast.sci`.
 
     Raises:
-        ValueError: at the call, naming the argument and what was found.
+        ValueError: here and at the call, naming the argument and what was found.
     """
 
     def __init__(self, channels: int, scale: float = -1.0, backend: str | None = None) -> None:
@@ -85,7 +85,7 @@ class SCI(nn.Module):
     def pooled(self, x: Tensor) -> PooledSCI:
         """Spatial means of Z and Y, equal to those of the dense form."""
         _check_map(x, self.phi.in_channels)
-        v_BC9 = tap_means(x)
+        v_BC9 = tap_means(x, backend=self.backend)
         y_BC9 = sci(x, v_BC9, scale=self.scale, backend=self.backend)
         z_BC = mean_of_conv(self.phi, y_BC9, self.backend) + v_BC9[..., _CENTRE_TAP]
         return PooledSCI(z_BC, y_BC9[..., _CENTRE_TAP], v_BC9)
@@ -108,7 +108,7 @@ class CCI(nn.Module):
         backend: passed to :func:`cin_fast.cci`.
 
     Raises:
-        ValueError: at the call, naming the argument and what was found.
+        ValueError: here and at the call, naming the argument and what was found.
     """
 
     def __init__(
@@ -163,7 +163,7 @@ class CCI(nn.Module):
         """
         _check_map(x, self.phi.in_channels)
         if sci_means is None:
-            v_BC9 = tap_means(x)
+            v_BC9 = tap_means(x, backend=self.backend)
             y_BC1 = sci(x, v_BC9[..., _CENTRE_TAP, None], scale=self.scale, backend=self.backend)
             y_BC = y_BC1.squeeze(-1)
         else:
@@ -184,7 +184,7 @@ class CCI(nn.Module):
             partner: int64 (B,), an involution.
         """
         _check_map(x, self.phi.in_channels)
-        v_BC9 = tap_means(x)
+        v_BC9 = tap_means(x, backend=self.backend)
         y_BC9, y_pair_BC9 = pair_columns(
             x,
             partner,

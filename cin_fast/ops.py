@@ -136,7 +136,7 @@ def sci_weights(x: Tensor, scale: float = -1.0) -> Tensor:
     return reference.sci_weights(flat_map(x), as_number("scale", scale))
 
 
-def tap_means(x: Tensor) -> Tensor:
+def tap_means(x: Tensor, *, backend: str | None = None) -> Tensor:
     """Per channel, the mean over the map of what each tap of a padded 3x3 convolution sees.
 
     The mean over positions of ``conv(x)`` is then ``tap_means(x).flatten(1) @ weight.flatten(1).T
@@ -144,6 +144,8 @@ def tap_means(x: Tensor) -> Tensor:
 
     Args:
         x: (B, C, H, W), floating point.
+        backend: ``reference`` asks for the definition. Whatever else computes the operators on
+            these tap means, the compiled kernel of x's device makes them, where there is one.
 
     Returns:
         (B, C, 9) of x's dtype; sums are float32 or wider.
@@ -154,10 +156,12 @@ def tap_means(x: Tensor) -> Tensor:
     check_features(x)
     if x.dim() != 4:
         raise ValueError(f"x: expected (B, C, H, W), found shape {tuple(x.shape)}")
+    name = pick_backend(x, backend)
     if dispatch.transformed(x):
         return reference.tap_means(x)
-    compiled = (name for name in ("cpu", "cuda") if not dispatch.why_not(x, name))
-    return _op(next(compiled, "reference"), "tap_means")(x)
+    compiled = () if name == "reference" else ("cpu", "cuda")
+    kernels = (one for one in compiled if not dispatch.why_not(x, one))
+    return _op(next(kernels, "reference"), "tap_means")(x)
 
 
 def empty_cache() -> int:
@@ -446,8 +450,8 @@ def _after_sci_gradient(formula: _Formula) -> Any:
     return lambda ctx, dy, *_: (*formula(ctx.saved_tensors, ctx.scale, dy), None, None)
 
 
-# A graph that was made for values alone may be differentiated all the same, an exported one for
-# one: what the gradient needs is then computed first.
+# A graph made for values alone (an exported one, say) may still be differentiated: its gradient
+# first computes what the forward pass left out.
 def _values_gradient(forward: Any, formula: _Formula) -> Any:
     def gradient(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         inputs = ctx.saved_tensors

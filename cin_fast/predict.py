@@ -12,7 +12,7 @@ import torch
 
 from cin_fast import command
 from cin_fast.data.base import read_image
-from cin_fast.distributed import World, pick_device
+from cin_fast.distributed import pick_device
 from cin_fast.trained import Trained, load_trained
 
 
@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(argv)
 
     def body() -> int:
-        trained = load_trained(options.checkpoint, pick_device(options.device, World(0, 1, 0)))
+        trained = load_trained(options.checkpoint, pick_device(options.device))
         found = {str(path): predict(trained, path, options.top) for path in options.images}
         if options.json:
             print(json.dumps({path: dict(best) for path, best in found.items()}, indent=2))

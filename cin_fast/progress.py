@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from cin_fast.distributed import sum_over_processes
+from cin_fast.losses import pair_counts
+from cin_fast.models import LossParts
 
 
 @dataclass
@@ -30,6 +32,22 @@ class EpochTotals:
         """Nothing counted yet."""
         loss, classification, pair, correct = torch.zeros(4, dtype=torch.float64, device=device)
         return cls(loss.clone(), classification.clone(), pair.clone(), correct.clone())
+
+    def count_pairs(self, labels: Tensor, partner: Tensor) -> None:
+        """Pairs of a batch, by their kind; both arguments on the CPU."""
+        positives, negatives = pair_counts(labels, partner)
+        self.positives += positives
+        self.negatives += negatives
+
+    def add(self, loss: Tensor, parts: LossParts, logits: Tensor, labels: Tensor) -> None:
+        """A step's loss, and how many of its images are right."""
+        self.loss += loss
+        self.classification += parts.classification.detach()
+        if parts.pair is not None:
+            self.pair += parts.pair.detach()
+        self.correct += (logits.argmax(1) == labels).sum()
+        self.images += len(labels)
+        self.steps += 1
 
     def means(self) -> dict[str, float]:
         """Means over the steps and images of all processes; counts are summed."""

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from cin_fast.checkpoint import LAST
 from cin_fast.command import uninterrupted, writable_folder
 from cin_fast.config import SETTINGS, TrainConfig
 from cin_fast.files import write_text
@@ -89,7 +90,7 @@ class RunFolder:
     @property
     def checkpoint(self) -> Path:
         """The checkpoint after the last whole epoch."""
-        return self.path / "last.pt"
+        return self.path / LAST
 
     def describe(self, config: TrainConfig) -> None:
         """Write settings.json and environment.json."""

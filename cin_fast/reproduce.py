@@ -17,6 +17,7 @@ import torch
 
 from cin_fast import command, cost
 from cin_fast import config as configs
+from cin_fast.checkpoint import LAST
 from cin_fast.config import INDIFFERENT, SETTINGS, TrainConfig, read_settings
 from cin_fast.distributed import World, join, pick_device
 from cin_fast.files import write_text
@@ -81,7 +82,7 @@ class Plan:
             backbone=self.backbone(row),
             seed=seed,
             output=str(folder),
-            resume=(folder / "last.pt").exists(),
+            resume=(folder / LAST).exists(),
         )
 
     def backbone(self, row: str) -> str:

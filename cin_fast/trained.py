@@ -36,9 +36,10 @@ def load_trained(path: str | Path, device: torch.device | str = "cpu") -> Traine
 
     Raises:
         CheckpointError: if it cannot be read or does not fit.
+        ValueError: for settings or a backbone that this version does not know.
     """
     path = Path(path)
-    file = path / "last.pt" if path.is_dir() else path
+    file = path / checkpoints.LAST if path.is_dir() else path
     state = checkpoints.load(file)
     config = from_mapping(state.settings, str(file))
     model = build_model(

@@ -17,18 +17,17 @@ from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from cin_fast import checkpoint as checkpoints
-from cin_fast import dispatch
+from cin_fast import cost, dispatch
 from cin_fast.checkpoint import Checkpoint, CheckpointError
 from cin_fast.config import INDIFFERENT, TrainConfig
 from cin_fast.data import ClassBalancedPairSampler, ImageDataset, build_dataset
 from cin_fast.data.seeded import SeededBatches, SeededImages
 from cin_fast.distributed import World, pick_device
-from cin_fast.evaluate import Scores, score
-from cin_fast.losses import pair_counts
 from cin_fast.models import Classifier, build_model
 from cin_fast.models.backbones import check_image_size
 from cin_fast.progress import EpochTotals, epoch_line
 from cin_fast.records import RunFolder
+from cin_fast.scores import Scores, score
 
 # A resumed run may change these besides: its weights are there already, and its end is not.
 _FREE_ON_RESUME = INDIFFERENT | {"epochs", "weights", "eval_every", "backend"}
@@ -161,8 +160,9 @@ class Trainer:
     def _step(self, images: Tensor, labels: Tensor, totals: EpochTotals) -> Tensor:
         images = images.to(self.device, memory_format=self.memory_format, non_blocking=True)
         # Positions (0, 1), (2, 3), ... of a batch are its pairs. The CPU copy is checked for free.
-        partner = torch.arange(len(labels)) ^ 1 if self.model.uses_pairs else None
-        positives, negatives = pair_counts(labels, torch.arange(len(labels)) ^ 1)
+        pairs = torch.arange(len(labels)) ^ 1
+        totals.count_pairs(labels, pairs)
+        partner = pairs if self.model.uses_pairs else None
         labels = labels.to(self.device, non_blocking=True)
         with self._autocast():
             output = self.parallel(images, partner)
@@ -178,15 +178,7 @@ class Trainer:
         self.scaler.update()
 
         logits = output[0] if isinstance(output, tuple) else output
-        totals.loss += loss.detach()
-        totals.classification += parts.classification.detach()
-        if parts.pair is not None:
-            totals.pair += parts.pair.detach()
-        totals.correct += (logits.detach().argmax(1) == labels).sum()
-        totals.images += len(labels)
-        totals.steps += 1
-        totals.positives += positives
-        totals.negatives += negatives
+        totals.add(loss.detach(), parts, logits.detach(), labels)
         return loss.detach()
 
     def test(self, loader: DataLoader[Any]) -> Scores:
@@ -219,7 +211,7 @@ class Trainer:
     def describe(self) -> str:
         """Settings, data, batch structure and model, as printed at the start."""
         config, size = self.config, self.world.size
-        parameters = sum(p.numel() for p in self.model.parameters()) / 1e6
+        millions = cost.parameters(self.model) / 1e6
         skipped = self.train_images.skipped + self.test_images.skipped
         images = (
             f"{len(self.train_images)} training and {len(self.test_images)} test images of "
@@ -235,7 +227,7 @@ class Trainer:
             "",
             images,
             batch,
-            f"{config.method} on {config.backbone}, {parameters:.1f} M parameters, {self.device}",
+            f"{config.method} on {config.backbone}, {millions:.1f} M parameters, {self.device}",
             f"everything of this run goes to {self.folder.path}",
         ]
         lines += [f"skipped {len(skipped)} bad images:", *skipped] if skipped else []
@@ -260,7 +252,7 @@ class Trainer:
             "backbone": self.config.backbone,
             "dataset": self.config.dataset,
             "seed": self.config.seed,
-            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "parameters": cost.parameters(self.model),
             "skipped_images": len(self.train_images.skipped) + len(self.test_images.skipped),
         }
         if self.world.main:

@@ -10,12 +10,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from cin_fast import command
 from cin_fast.data.base import read_image
-from cin_fast.distributed import World, pick_device
+from cin_fast.distributed import pick_device
 from cin_fast.files import replacing
 from cin_fast.models import SCINet
 from cin_fast.models.cin import CIN
@@ -103,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(argv)
 
     def body() -> int:
-        trained = load_trained(options.checkpoint, pick_device(options.device, World(0, 1, 0)))
+        trained = load_trained(options.checkpoint, pick_device(options.device))
         command.writable_folder(options.output)
         drawn = [draw_activations(trained, options.images, options.output / "activations.png")]
         if isinstance(trained.model, SCINet):
@@ -118,11 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _features(trained: Trained, path: Path) -> tuple[np.ndarray[Any, Any], Tensor]:
     """The image as the model's crop shows it, (H, W, 3) in 0 to 1, and its map (C, H, W)."""
-    return _crop_and_map(trained, read_image(path))
-
-
-def _crop_and_map(trained: Trained, image: Image.Image) -> tuple[np.ndarray[Any, Any], Tensor]:
-    pixels = trained.transform(image)
+    pixels = trained.transform(read_image(path))
     with torch.inference_mode():
         x_CHW = trained.model.backbone(pixels[None].to(trained.device))[0].float().cpu()
     low, high = pixels.amin(), pixels.amax()

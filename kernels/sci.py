@@ -94,7 +94,7 @@ def row_numbers(
 
 @triton.jit
 def sci_delta(
-    dy, x, v, row_max, row_sum, delta, scale,
+    dy, x, v, row_max, delta, scale,
     C: tl.constexpr, X: tl.constexpr, V: tl.constexpr, V_IS_X: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip

@@ -166,7 +166,9 @@ def test_the_full_table_begins_with_the_targets(bench, tmp_path):
 
 def test_the_committed_tables_are_of_the_committed_results(bench, repository):
     report, results = bench("report"), bench("results_file")
-    for kept in (repository / "bench" / "results").glob("*/results.json"):
+    committed = list((repository / "bench" / "results").glob("*/results.json"))
+    assert committed
+    for kept in committed:
         targets = kept.with_name("cpu_targets.json")
         found = json.loads(targets.read_text()) if targets.exists() else None
         full = report.full_table(results.load(kept), found)

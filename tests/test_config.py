@@ -82,6 +82,7 @@ def test_what_cannot_work_is_refused(change, message):
     ("name", "text", "message"),
     [
         ("a.yaml", "learning_rate: 1", "unknown setting 'learning_rate'"),
+        ("a.yaml", "1: 2", "unknown setting 1"),
         ("a.yaml", "epochs: many", "epochs expected int, found 'many'"),
         ("a.yaml", "lr: fast", "lr expected a number, found 'fast'"),
         ("a.yaml", "resume: 1", "resume expected bool"),

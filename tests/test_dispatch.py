@@ -1,12 +1,13 @@
 """Which backend runs, and what is said of those that cannot."""
 
 import json
+import subprocess
 
 import pytest
 import torch
 
 import cin_fast
-from cin_fast import dispatch, schemas
+from cin_fast import dispatch, info, schemas
 from cin_fast.info import report
 
 
@@ -102,6 +103,18 @@ def test_why_it_was_not_built_is_repeated(monkeypatch):
     monkeypatch.setattr(dispatch, "_build_record", lambda: record)
     monkeypatch.setattr(dispatch, "_library", lambda name: None)
     assert dispatch._load_extension("cpu") == "cin_fast._cpu was not built: no C++ compiler"
+
+
+def test_the_commit_is_not_another_repositorys(monkeypatch, tmp_path):
+    """Installed into an environment inside a repository, the package has no commit of its own."""
+    package = tmp_path / "environment" / "cin_fast"
+    package.mkdir(parents=True)
+    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
+    author = ("-c", "user.name=x", "-c", "user.email=x@example.org")
+    commit = ["git", *author, "-C", str(tmp_path), "commit", "-qm", "x", "--allow-empty"]
+    subprocess.run(commit, check=True)
+    monkeypatch.setattr(info, "__file__", str(package / "info.py"))
+    assert info.git_commit() == "unknown"
 
 
 def test_info_names_every_backend():

@@ -12,8 +12,9 @@ import torch
 from small_run import arguments
 from torch import nn
 
-from cin_fast.evaluate import Scores, main, report, score
+from cin_fast.evaluate import main, report
 from cin_fast.predict import main as predict_main
+from cin_fast.scores import Scores, score
 from cin_fast.train import main as train_main
 from cin_fast.trained import load_trained
 

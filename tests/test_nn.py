@@ -60,6 +60,20 @@ def test_tap_means_opcheck():
     torch.library.opcheck(torch.ops.cin_fast.cpu_tap_means, (x,))
 
 
+@pytest.mark.parametrize("where", ["argument", "environment", "module"])
+def test_tap_means_of_the_reference_are_the_definition(where, cpu_extension, monkeypatch):
+    x, module = make_map(3, 4), SCI(6, backend="reference" if where == "module" else None)
+    if where == "environment":
+        monkeypatch.setenv("CIN_FAST_BACKEND", "reference")
+    with torch.profiler.profile() as profile:
+        if where == "argument":
+            cin_fast.tap_means(x, backend="reference")
+        else:
+            module.pooled(x)
+    names = {event.name for event in profile.events() if "tap_means" in event.name}
+    assert names == {"cin_fast::reference_tap_means"}
+
+
 def test_tap_means_has_every_derivative():
     x = make_map(3, 4, batch=2, dtype=torch.float64).requires_grad_()
     torch.autograd.gradgradcheck(cin_fast.tap_means, x)

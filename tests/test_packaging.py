@@ -6,6 +6,7 @@ import importlib
 import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -27,6 +28,13 @@ COMMANDS = {
     "reproduce": "reproduce",
     "export": "export",
 }
+CHIPS = [
+    ("", ["80", "90a"]),
+    ("9.0", ["90a"]),
+    ("7.5 8.6+PTX;9.0a, 10.0", ["86", "90a", "100"]),
+    ("Hopper", "expected e.g. 8.0;9.0a, found Hopper"),
+    ("7.0;7.5", "needs a chip from 8.0 on, found 7.0;7.5"),
+]
 TINY = 'extern "C" int cin_fast_tiny() { return 1; }\n'
 
 
@@ -124,6 +132,25 @@ def test_wheel_with_the_extension(checkout: Path) -> None:
         "schemas": {f"cpu_{stem}": schema for stem, schema in schemas.COMPILED["cpu"].items()},
     }
     assert f"built cpu for torch {torch.__version__}" in said
+
+
+@pytest.mark.parametrize(("listed", "chips"), CHIPS)
+def test_chips_to_build_for(
+    listed: str, chips: list[str] | str, repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("setuptools.setup", lambda **_: None)
+    monkeypatch.chdir(repository)
+    # Both are set on the way.
+    for name in ("PATH", "MAX_JOBS"):
+        monkeypatch.setenv(name, os.environ.get(name, "2"))
+    for name, value in (("CIN_FAST_BUILD", "0"), ("TORCH_CUDA_ARCH_LIST", listed)):
+        monkeypatch.setenv(name, value)
+    script = runpy.run_path("setup.py")
+    if isinstance(chips, list):
+        assert script["cuda_chips"]() == chips
+        return
+    with pytest.raises(script["CannotBuildError"], match=re.escape(chips)):
+        script["cuda_chips"]()
 
 
 @pytest.mark.parametrize(

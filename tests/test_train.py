@@ -111,6 +111,13 @@ def test_a_checkpoint_from_before_scales_were_kept_is_read(four_epochs, tmp_path
     assert checkpoints.load(tmp_path / "last.pt").scaler == {}
 
 
+def test_a_checkpoint_of_a_later_version_is_refused(four_epochs, tmp_path):
+    content = torch.load(four_epochs / "last.pt", weights_only=True)
+    torch.save(content | {"ema": {}}, tmp_path / "last.pt")
+    with pytest.raises(checkpoints.CheckpointError, match="holds ema, which this version does not"):
+        checkpoints.load(tmp_path / "last.pt")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGTERM])
 @pytest.mark.parametrize("moment", [1, 2])

@@ -39,8 +39,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_root(command: argparse.ArgumentParser, what: str) -> None:
-    command.add_argument(
+def _add_root(parser: argparse.ArgumentParser, what: str) -> None:
+    parser.add_argument(
         "--data-root",
         type=Path,
         metavar="DIR",
@@ -49,13 +49,13 @@ def _add_root(command: argparse.ArgumentParser, what: str) -> None:
 
 
 def _add_list(commands: _Commands) -> None:
-    command = commands.add_parser(
+    parser = commands.add_parser(
         "list",
         help="name every dataset, its size, and where it was found",
         description="Name every dataset, its size, and where it was found.",
     )
-    _add_root(command, "where to look")
-    command.set_defaults(run=_list)
+    _add_root(parser, "where to look")
+    parser.set_defaults(run=_list)
 
 
 def _list(arguments: argparse.Namespace) -> int:
@@ -78,23 +78,23 @@ def _size(source: Source) -> str:
 
 
 def _add_download(commands: _Commands) -> None:
-    command = commands.add_parser(
+    parser = commands.add_parser(
         "download",
         help="get a published dataset",
         description="Download a published dataset, check its checksum and unpack it. A transfer "
         "that broke off is gone on with. What has to be got by hand comes with instructions.",
         epilog="example: cin-fast-data download cub --data-root data",
     )
-    command.add_argument("name", choices=_PUBLISHED, help="the dataset")
-    _add_root(command, "where to put it")
-    command.add_argument("--url", metavar="URL", help="a mirror; the checksum stays the same")
-    command.add_argument(
+    parser.add_argument("name", choices=_PUBLISHED, help="the dataset")
+    _add_root(parser, "where to put it")
+    parser.add_argument("--url", metavar="URL", help="a mirror; the checksum stays the same")
+    parser.add_argument(
         "--archive", type=Path, metavar="FILE", help="unpack this copy of the archive instead"
     )
-    command.add_argument(
+    parser.add_argument(
         "--keep-archive", action="store_true", help="do not remove the archive after unpacking"
     )
-    command.set_defaults(run=_download)
+    parser.set_defaults(run=_download)
 
 
 def _download(arguments: argparse.Namespace) -> int:
@@ -121,15 +121,15 @@ def _download(arguments: argparse.Namespace) -> int:
 
 
 def _add_verify(commands: _Commands) -> None:
-    command = commands.add_parser(
+    parser = commands.add_parser(
         "verify",
         help="check a dataset's counts and splits, and that every image decodes",
         description="Check a dataset's counts and splits, and that every image decodes. Returns 1 "
         "if anything is wrong.",
     )
-    command.add_argument("name", choices=list(SOURCES), help="the dataset, or its layout")
-    _add_root(command, "where it lies")
-    command.set_defaults(run=_verify)
+    parser.add_argument("name", choices=list(SOURCES), help="the dataset, or its layout")
+    _add_root(parser, "where it lies")
+    parser.set_defaults(run=_verify)
 
 
 def _verify(arguments: argparse.Namespace) -> int:
@@ -147,7 +147,7 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 
 def _add_synthesize(commands: _Commands) -> None:
-    command = commands.add_parser(
+    parser = commands.add_parser(
         "synthesize",
         help="draw the built-in birds into a folder laid out like CUB-200-2011",
         description="Draw cartoon birds whose classes differ in a few small parts, in the layout "
@@ -156,23 +156,23 @@ def _add_synthesize(commands: _Commands) -> None:
         "cin-fast-train --dataset cub --data-root birds",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    command.add_argument(
+    parser.add_argument(
         "--output", type=Path, required=True, metavar="DIR", default=argparse.SUPPRESS,
         help="a new folder",
     )  # fmt: skip
-    command.add_argument("--layout", choices=LAYOUTS, default="cub", help="how it is laid out")
-    command.add_argument(
+    parser.add_argument("--layout", choices=LAYOUTS, default="cub", help="how it is laid out")
+    parser.add_argument(
         "--classes", type=int, default=CLASSES, metavar="N", help=f"1 to {MAX_CLASSES}"
     )
-    command.add_argument(
+    parser.add_argument(
         "--images-per-class", type=int, default=TRAIN_PER_CLASS, metavar="N",
         help="training images of each class; test images come on top, 25 for 60",
     )  # fmt: skip
-    command.add_argument(
+    parser.add_argument(
         "--image-size", type=int, default=256, metavar="N", help="side of the images in pixels"
     )
-    command.add_argument("--seed", type=int, default=0, metavar="N", help="other drawings")
-    command.set_defaults(run=_synthesize)
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="other drawings")
+    parser.set_defaults(run=_synthesize)
 
 
 def _synthesize(arguments: argparse.Namespace) -> int:

@@ -93,12 +93,6 @@ class ClassBalancedPairSampler(Sampler[list[int]]):
             if step % self.world_size == self.rank:
                 yield batch
 
-    def pair_counts(self, indices: Sequence[int]) -> tuple[int, int]:
-        """How many pairs of a batch are positive (of one class), and how many negative."""
-        pairs = zip(indices[::2], indices[1::2], strict=True)
-        positives = sum(self.labels[a] == self.labels[b] for a, b in pairs)
-        return positives, len(indices) // 2 - positives
-
     def _groups(self, images: list[int], generator: torch.Generator) -> list[list[int]]:
         """All images of a class in random groups of K."""
         order = _shuffled(images, generator)

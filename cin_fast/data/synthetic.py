@@ -65,7 +65,11 @@ class Species:
 
 
 def species(count: int = CLASSES) -> tuple[Species, ...]:
-    """The first ``count`` classes, 1 to 81; any two differ in at least two parts."""
+    """The first ``count`` classes, 1 to 81; any two differ in at least two parts.
+
+    Raises:
+        ValueError: for another number.
+    """
     if not 1 <= count <= MAX_CLASSES:
         raise ValueError(f"classes: expected 1 to {MAX_CLASSES}, found {count}")
     return tuple(_species(i * _STRIDE % MAX_CLASSES) for i in range(count))

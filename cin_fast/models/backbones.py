@@ -46,7 +46,7 @@ def build_backbone(name: str, pretrained: bool | str | Path | None = False) -> B
             ``"none"`` for random ones, or the path of a local weight file.
 
     Raises:
-        ValueError: for an unknown name.
+        ValueError: for an unknown name, or a weight file that cannot be read or does not fit.
         FileNotFoundError: where weights cannot be had, naming the file to place.
     """
     source = weight_source(pretrained)

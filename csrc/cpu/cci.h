@@ -39,10 +39,6 @@ inline std::vector<Pair> make_pairs(const at::Tensor& partner) {
   return pairs;
 }
 
-struct Shape {
-  int64_t images, channels, depth, cols;
-};
-
 struct PairImage {
   float *x_columns, *x_rows;
   float *v_columns, *v_rows;

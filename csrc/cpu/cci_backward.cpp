@@ -282,18 +282,18 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> cci_backward(
   at::Tensor dv = v ? at::empty_like(our_v) : at::empty({0}, our_x.options());
   at::Tensor deta = at::empty_like(wide_eta);
   const Shape shape{x.size(0), x.size(1), x.size(2), our_v.size(2)};
-  const PairsBackward::Data data{our_dy.const_data_ptr(),
-                                 our_x.const_data_ptr(),
-                                 our_v.const_data_ptr(),
-                                 is_coarse(x) ? nullptr : our_y.const_data_ptr(),
-                                 is_coarse(x) ? nullptr : our_b.const_data_ptr(),
-                                 nullptr,
-                                 nullptr,
-                                 row_argmax.const_data_ptr<float>(),
-                                 row_sum.const_data_ptr<float>(),
-                                 v ? dv.mutable_data_ptr() : nullptr,
-                                 dx.mutable_data_ptr(),
-                                 deta.mutable_data_ptr<float>()};
+  const PairsBackward::Data data{.dy = our_dy.const_data_ptr(),
+                                 .x = our_x.const_data_ptr(),
+                                 .v = our_v.const_data_ptr(),
+                                 .y = is_coarse(x) ? nullptr : our_y.const_data_ptr(),
+                                 .b = is_coarse(x) ? nullptr : our_b.const_data_ptr(),
+                                 .sci_dy = nullptr,
+                                 .sci_y = nullptr,
+                                 .row_argmax = row_argmax.const_data_ptr<float>(),
+                                 .row_sum = row_sum.const_data_ptr<float>(),
+                                 .dv = v ? dv.mutable_data_ptr() : nullptr,
+                                 .dx = dx.mutable_data_ptr(),
+                                 .deta = deta.mutable_data_ptr<float>()};
   if (x.size(0) > 0)
     PairsBackward(isa, shape, static_cast<float>(scale), make_pairs(partner),
                   wide_eta.const_data_ptr<float>(), data)
@@ -323,18 +323,18 @@ std::tuple<at::Tensor, at::Tensor> pair_sweep(const at::Tensor& dy, const at::Te
   at::Tensor dx = at::empty_like(our_x), dv = at::empty_like(our_v),
              deta = at::empty_like(wide_eta);
   const Shape shape{x.size(0), x.size(1), x.size(2), v.size(2)};
-  const PairsBackward::Data data{our_dy_pair.const_data_ptr(),
-                                 our_x.const_data_ptr(),
-                                 our_v.const_data_ptr(),
-                                 coarse ? nullptr : our_y_pair.const_data_ptr(),
-                                 coarse ? nullptr : our_b.const_data_ptr(),
-                                 our_dy.const_data_ptr(),
-                                 coarse ? nullptr : our_y.const_data_ptr(),
-                                 our_argmax.const_data_ptr<float>(),
-                                 our_sum.const_data_ptr<float>(),
-                                 dv.mutable_data_ptr(),
-                                 dx.mutable_data_ptr(),
-                                 deta.mutable_data_ptr<float>()};
+  const PairsBackward::Data data{.dy = our_dy_pair.const_data_ptr(),
+                                 .x = our_x.const_data_ptr(),
+                                 .v = our_v.const_data_ptr(),
+                                 .y = coarse ? nullptr : our_y_pair.const_data_ptr(),
+                                 .b = coarse ? nullptr : our_b.const_data_ptr(),
+                                 .sci_dy = our_dy.const_data_ptr(),
+                                 .sci_y = coarse ? nullptr : our_y.const_data_ptr(),
+                                 .row_argmax = our_argmax.const_data_ptr<float>(),
+                                 .row_sum = our_sum.const_data_ptr<float>(),
+                                 .dv = dv.mutable_data_ptr(),
+                                 .dx = dx.mutable_data_ptr(),
+                                 .deta = deta.mutable_data_ptr<float>()};
   if (x.size(0) > 0)
     PairsBackward(isa, shape, static_cast<float>(scale), make_pairs(partner),
                   wide_eta.const_data_ptr<float>(), data)

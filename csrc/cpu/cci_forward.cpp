@@ -160,13 +160,14 @@ std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& x, const at::Tensor
   at::Tensor b = keep == Keep::kGradients ? at::empty_like(our_v, our_v.options().dtype(at::kFloat))
                                           : at::empty({0}, at::kFloat);
   const Shape shape{x.size(0), x.size(1), x.size(2), our_v.size(2)};
-  const PairsForward::Data data{our_x.const_data_ptr(),
-                                our_v.const_data_ptr(),
-                                y.mutable_data_ptr(),
-                                keep == Keep::kGradients ? b.mutable_data_ptr<float>() : nullptr,
-                                row_argmax.mutable_data_ptr<float>(),
-                                row_sum.mutable_data_ptr<float>(),
-                                known_weights};
+  const PairsForward::Data data{
+      .x = our_x.const_data_ptr(),
+      .v = our_v.const_data_ptr(),
+      .y = y.mutable_data_ptr(),
+      .b = keep == Keep::kGradients ? b.mutable_data_ptr<float>() : nullptr,
+      .row_argmax = row_argmax.mutable_data_ptr<float>(),
+      .row_sum = row_sum.mutable_data_ptr<float>(),
+      .known_weights = known_weights};
   if (x.size(0) > 0)
     PairsForward(isa, shape, static_cast<float>(scale), make_pairs(partner),
                  wide_eta.const_data_ptr<float>(), data)

@@ -95,7 +95,7 @@ Keeper& keeper() {
   return *keeper;
 }
 
-// Gives back to the system what is kept, and says how many bytes that were.
+// Gives back to the system what is kept, and returns how many bytes that was.
 int64_t release_kept() { return static_cast<int64_t>(keeper().release()); }
 
 }  // namespace

@@ -43,7 +43,6 @@ struct PairSide {
 };
 
 struct Kernels {
-  const char* name;
   // Floats in a vector.
   int64_t width;
   // Elements in a slot.

@@ -166,9 +166,6 @@ class Backward {
     const void *dy, *x, *v, *y, *y_rest;
     const float *row_argmax, *row_sum;
   };
-  struct Shape {
-    int64_t images, channels, depth, cols;
-  };
 
   Backward(const Kernels& isa, const Shape& shape, float scale, const Inputs& in, void* dx,
            void* dv)
@@ -395,14 +392,14 @@ std::tuple<at::Tensor, at::Tensor> sci_backward(const at::Tensor& dy, const at::
   const at::Tensor our_rest = is_whole ? y_rest : elements(isa, y_rest);
   at::Tensor dx = at::empty_like(our_x);
   at::Tensor dv = v ? at::empty_like(our_v) : at::empty({0}, our_x.options());
-  const Backward::Shape shape{x.size(0), x.size(1), x.size(2), our_v.size(2)};
-  const Backward::Inputs in{our_dy.const_data_ptr(),
-                            our_x.const_data_ptr(),
-                            our_v.const_data_ptr(),
-                            is_whole && has_few_channels(x) ? nullptr : our_y.const_data_ptr(),
-                            is_whole ? nullptr : our_rest.const_data_ptr(),
-                            row_argmax.const_data_ptr<float>(),
-                            row_sum.const_data_ptr<float>()};
+  const Shape shape{x.size(0), x.size(1), x.size(2), our_v.size(2)};
+  const Backward::Inputs in{.dy = our_dy.const_data_ptr(),
+                            .x = our_x.const_data_ptr(),
+                            .v = our_v.const_data_ptr(),
+                            .y = is_whole && has_few_channels(x) ? nullptr : our_y.const_data_ptr(),
+                            .y_rest = is_whole ? nullptr : our_rest.const_data_ptr(),
+                            .row_argmax = row_argmax.const_data_ptr<float>(),
+                            .row_sum = row_sum.const_data_ptr<float>()};
   if (x.size(0) > 0)
     Backward(isa, shape, static_cast<float>(scale), in, dx.mutable_data_ptr(),
              v ? dv.mutable_data_ptr() : nullptr)

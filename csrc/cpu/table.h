@@ -9,11 +9,7 @@
 
 namespace cin_fast::CIN_FAST_ISA {
 
-#define CIN_FAST_NAME(isa) #isa
-#define CIN_FAST_EXPANDED_NAME(isa) CIN_FAST_NAME(isa)
-
 constexpr Kernels kTable = {
-    .name = CIN_FAST_EXPANDED_NAME(CIN_FAST_ISA),
     .width = kWidth,
     .pack = kPack,
     .pack_columns = pack_columns,

@@ -1,7 +1,7 @@
 // v = x U: per channel, the mean over the map of what each tap of a padded 3x3 convolution sees.
 //
 // Nine rectangles differ from the whole map only by its border rows and columns, so one pass over
-// x gives nine numbers: column sums of three row bands, then combined.
+// x gives nine numbers, from each row's sum and its two ends.
 
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
@@ -22,8 +22,8 @@ constexpr int64_t kTaps = 9;
 
 constexpr int64_t kGrain = 4096;
 
-// band[ky][kx] += what rows of band ky contribute to tap (ky, kx): kx = 0 leaves out the last
-// column, kx = 2 the first.
+// taps[ky][kx]: ky = 0 leaves out the last row, ky = 2 the first; kx = 0 the last column, kx = 2
+// the first.
 template <typename scalar_t>
 void map_taps(const scalar_t* x, int64_t height, int64_t width, scalar_t* v) {
   float taps[3][3] = {};

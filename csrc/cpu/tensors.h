@@ -11,6 +11,11 @@
 
 namespace cin_fast {
 
+// cols: of v.
+struct Shape {
+  int64_t images, channels, depth, cols;
+};
+
 // float32, contiguous.
 inline at::Tensor wide(const at::Tensor& t) { return t.to(at::kFloat).contiguous(); }
 

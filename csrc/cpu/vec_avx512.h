@@ -1,4 +1,4 @@
-// Vectors of 16 floats. Included by kernels_avx512.cpp alone.
+// Vectors of 16 floats.
 
 #pragma once
 
