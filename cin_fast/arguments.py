@@ -6,6 +6,7 @@ Shapes: B images, C channels, L positions, K columns of ``v``.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,13 +17,15 @@ from cin_fast import dispatch
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-def as_number(name: str, value: float | Tensor) -> float:
+def as_number(name: str, value: Any) -> float:
     """``value`` as a float, or ``ValueError`` that names the argument."""
     if isinstance(value, Tensor) and value.requires_grad:
         raise ValueError(f"{name}: expected a number, found a tensor that asks for a gradient")
+    if isinstance(value, str) or (isinstance(value, Tensor) and value.is_meta):
+        raise ValueError(f"{name}: expected a number, found {value!r}")
     try:
         number = float(value)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"{name}: expected a number, found {value!r}") from error
     # A graph's number may be a symbol, which has no value to look at.
     if not torch.compiler.is_compiling() and not math.isfinite(number):
@@ -43,12 +46,16 @@ def as_autocast(x: Tensor, v: Tensor | None) -> tuple[Tensor, Tensor | None]:
     return x.to(dtype), None if v is None else v.to(dtype)
 
 
+def _check_dense(name: str, t: Tensor) -> None:
+    if t.layout != torch.strided:
+        raise ValueError(f"{name}: expected a dense tensor, found layout {t.layout}")
+
+
 def check_features(x: Tensor) -> None:
     """Raise ValueError unless x can be the operators' features."""
     if not isinstance(x, Tensor):
         raise ValueError(f"x: expected a tensor, found {type(x).__name__}")
-    if x.layout != torch.strided:
-        raise ValueError(f"x: expected a dense tensor, found layout {x.layout}")
+    _check_dense("x", x)
     if x.is_nested:
         raise ValueError("x: expected one shape for all images, found a nested tensor")
     if x.dim() not in (3, 4):
@@ -65,6 +72,7 @@ def check_values(x: Tensor, v: Tensor | None) -> None:
         return
     if not isinstance(v, Tensor):
         raise ValueError(f"v: expected a tensor or None, found {type(v).__name__}")
+    _check_dense("v", v)
     if v.dim() not in (3, 4) or v.shape[:2] != x.shape[:2]:
         raise ValueError(
             f"v: expected ({x.shape[0]}, {x.shape[1]}, K) to go with x, found {tuple(v.shape)}"
@@ -84,6 +92,7 @@ def check_partner(x: Tensor, partner: Tensor) -> None:
     if not isinstance(partner, Tensor) or partner.dtype != torch.int64:
         found = partner.dtype if isinstance(partner, Tensor) else type(partner).__name__
         raise ValueError(f"partner: expected an int64 tensor, found {found}")
+    _check_dense("partner", partner)
     if partner.shape != x.shape[:1]:
         raise ValueError(
             f"partner: expected shape ({x.shape[0]},) to go with x, found {tuple(partner.shape)}"
@@ -111,6 +120,7 @@ def check_eta(x: Tensor, eta: Tensor) -> None:
     if not isinstance(eta, Tensor) or not eta.is_floating_point():
         found = eta.dtype if isinstance(eta, Tensor) else type(eta).__name__
         raise ValueError(f"eta: expected a floating-point tensor, found {found}")
+    _check_dense("eta", eta)
     if eta.shape != x.shape[:1]:
         raise ValueError(f"eta: expected shape ({x.shape[0]},), found {tuple(eta.shape)}")
     if eta.device != x.device:

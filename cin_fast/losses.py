@@ -43,18 +43,18 @@ def contrastive_loss(
         raise ValueError(f"margin: expected above 0, found {margin}")
     squared = pair_distances(embeddings_BD, partner)
     # sqrt has no gradient at 0: such a distance is replaced before, and its value put back after.
-    apart = squared > 0
+    apart = squared != 0
     distance = torch.where(apart, torch.where(apart, squared, 1.0).sqrt(), 0.0)
     positive = labels == labels[partner]
     terms = torch.where(positive, squared, (margin - distance).clamp(min=0).square())
     # Each pair stands twice, once in each direction, with the same value.
-    in_pair = partner != torch.arange(len(partner), device=partner.device)
+    in_pair = partner != torch.arange(partner.shape[0], device=partner.device)
     return (terms * in_pair).sum() / in_pair.sum().clamp(min=1)
 
 
 def pair_counts(labels: Tensor, partner: Tensor) -> tuple[int, int]:
     """How many positive and negative pairs a batch holds."""
-    index = torch.arange(len(partner), device=partner.device)
+    index = torch.arange(partner.shape[0], device=partner.device)
     first = partner > index
     positive = int((first & (labels == labels[partner])).sum())
     return positive, int(first.sum()) - positive

@@ -196,7 +196,7 @@ class CCI(nn.Module):
             backend=self.backend,
         )
         conv_2BC = mean_of_conv(self.phi, torch.cat([y_BC9, y_pair_BC9]), self.backend)
-        mean_BC, images = v_BC9[..., _CENTRE_TAP], len(x)
+        mean_BC, images = v_BC9[..., _CENTRE_TAP], x.shape[0]
         return PooledPair(conv_2BC[:images] + mean_BC, conv_2BC[images:] + mean_BC)
 
     def extra_repr(self) -> str:

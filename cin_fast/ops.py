@@ -28,8 +28,10 @@ from cin_fast.arguments import (
 
 TAP_BACKENDS = ("reference", "cpu", "cuda")
 
-# Backends whose sci keeps what rounding to 16 bits took off y, for delta = dY . Y.
-_REST_BACKENDS = ("cpu", "cuda")
+# Backends whose sci makes delta = dY . Y: y is kept for it, and what rounding to 16 bits took off
+# it. And whose cci keeps y and the partner term b, y = A - eta b.
+_SCI_KEEPS_Y = ("cpu", "cuda")
+_CCI_KEEPS_Y = ("cpu",)
 
 # Backends whose cci can take its rows' statistics from sci, as an operator with a gradient. (The
 # cpu backend's is a part of cin_fast.pair's.)
@@ -239,9 +241,10 @@ def _sci_backward_fake(
 
 
 def _cci_fake(
-    x: Tensor, partner: Tensor, eta: Tensor, v: Tensor | None, scale: float
+    x: Tensor, partner: Tensor, eta: Tensor, v: Tensor | None, scale: float, *, keeps_b: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _like_values(x, v), _like_values(x, v), *_row_statistics(x)
+    b = _like_values(x, v) if keeps_b else x.new_empty(0)
+    return _like_values(x, v), b, *_row_statistics(x)
 
 
 def _cci_values_fake(
@@ -259,7 +262,7 @@ def _cci_after_sci_fake(
     row_sum: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    return _like_values(x, v), _like_values(x, v)
+    return _like_values(x, v), x.new_empty(0)
 
 
 def _cci_backward_fake(
@@ -286,10 +289,8 @@ def _tap_means_backward_fake(dv: Tensor, height: int, width: int) -> Tensor:
 
 
 _FAKES: dict[str, Callable[..., Any]] = {
-    "sci": partial(_sci_fake, keeps_rest=False),
     "sci_values": _sci_values_fake,
     "sci_backward": _sci_backward_fake,
-    "cci": _cci_fake,
     "cci_values": _cci_values_fake,
     "cci_after_sci": _cci_after_sci_fake,
     "cci_backward": _cci_backward_fake,
@@ -318,8 +319,8 @@ def _in_python(
     def run_cci(
         x: Tensor, partner: Tensor, eta: Tensor, v: Tensor | None, scale: float
     ) -> tuple[Tensor, ...]:
-        y, b = cci(x, partner, eta, v, scale)
-        return y.contiguous(), b.contiguous(), *no_statistics(x)
+        y = cci(x, partner, eta, v, scale)
+        return y.contiguous(), x.new_empty(0), *no_statistics(x)
 
     def run_sci_backward(
         dy: Tensor, x: Tensor, v: Tensor | None, *unread: Any
@@ -354,8 +355,8 @@ def _reference_sci_backward(
 
 def _reference_cci(
     x: Tensor, partner: Tensor, eta: Tensor, v: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor]:
-    return reference.cci(x, partner, eta, x if v is None else v, scale)
+) -> Tensor:
+    return reference.cci(x, partner, eta, x if v is None else v, scale)[0]
 
 
 def _reference_cci_backward(
@@ -365,43 +366,41 @@ def _reference_cci_backward(
     return (dx + dv, deta, None) if v is None else (dx, deta, dv)
 
 
-def _matmul_cci(*arguments: Any) -> tuple[Tensor, Tensor]:
-    y = matmul.cci(*arguments)
-    # No one reads its partner term.
-    return y, torch.zeros_like(y)
-
-
 _REFERENCE = _in_python(
     _reference_sci, _reference_sci_backward, _reference_cci, _reference_cci_backward
 )
 _IN_PYTHON = {
     "reference": _REFERENCE
     | {"tap_means": reference.tap_means, "tap_means_backward": reference.tap_means_backward},
-    "matmul": _in_python(matmul.sci, matmul.sci_backward, _matmul_cci, matmul.cci_backward),
+    "matmul": _in_python(matmul.sci, matmul.sci_backward, matmul.cci, matmul.cci_backward),
 }
 
 
-def _sci_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _sci_context(
+    ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...], *, keeps_y: bool
+) -> None:
     x, v, scale = inputs
     y, *kept = output
     ctx.mark_non_differentiable(*kept)
-    ctx.save_for_backward(x, v, y, *kept)
+    ctx.save_for_backward(x, v, y if keeps_y else x.new_empty(0), *kept)
     ctx.scale = scale
 
 
-def _cci_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _cci_context(
+    ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...], *, keeps_y: bool
+) -> None:
     x, partner, eta, v, scale = inputs
-    y, b, row_max, row_sum = output
-    ctx.mark_non_differentiable(b, row_max, row_sum)
-    ctx.save_for_backward(x, partner, eta, v, y, b, row_max, row_sum)
+    y, *kept = output
+    ctx.mark_non_differentiable(*kept)
+    ctx.save_for_backward(x, partner, eta, v, y if keeps_y else x.new_empty(0), *kept)
     ctx.scale = scale
 
 
 def _cci_after_sci_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, partner, eta, v, row_max, row_sum, scale = inputs
-    y, b = output
+    _, b = output
     ctx.mark_non_differentiable(b)
-    ctx.save_for_backward(x, partner, eta, v, y, b, row_max, row_sum)
+    ctx.save_for_backward(x, partner, eta, v, x.new_empty(0), b, row_max, row_sum)
     ctx.scale = scale
 
 
@@ -484,8 +483,8 @@ def refuse_double_backward(ctx: Any, *_: Any) -> Any:
 
 def _define(backend: str, operators: dict[str, str]) -> None:
     fakes = dict(_FAKES)
-    if backend in _REST_BACKENDS:
-        fakes["sci"] = partial(_sci_fake, keeps_rest=True)
+    fakes["sci"] = partial(_sci_fake, keeps_rest=backend in _SCI_KEEPS_Y)
+    fakes["cci"] = partial(_cci_fake, keeps_b=backend in _CCI_KEEPS_Y)
     for stem, schema in operators.items():
         name = f"cin_fast::{backend}_{stem}"
         torch.library.define(name, schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -499,8 +498,8 @@ for _name in dispatch.BACKENDS:
     _compiled = schemas.COMPILED.get(_name, {})
     _define(_name, {s: schema for s, schema in schemas.VALUES.items() if s in _compiled})
     for _stem, _formula, _context in (
-        ("sci", _sci_formula(_name), _sci_context),
-        ("cci", _cci_formula(_name), _cci_context),
+        ("sci", _sci_formula(_name), partial(_sci_context, keeps_y=_name in _SCI_KEEPS_Y)),
+        ("cci", _cci_formula(_name), partial(_cci_context, keeps_y=_name in _CCI_KEEPS_Y)),
     ):
         _full = f"cin_fast::{_name}_{_stem}"
         torch.library.register_autograd(_full, _gradient(_formula), setup_context=_context)

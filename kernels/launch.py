@@ -56,14 +56,14 @@ def sci_backward(
 def cci(
     x: Tensor, partner: Tensor, eta: Tensor, v: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y, zeros for the partner term that this backward pass does without, and rows' numbers."""
+    """y, nothing for the partner term, which this backward pass does without, and rows' numbers."""
     y = _dense_like(x if v is None else v)
     row_max, row_sum = _rows(x), _rows(x)
     _run(
         "cci", x, v, partner=partner.contiguous(), eta=eta.contiguous(), y=y,
         row_max=row_max, row_sum=row_sum, scale=scale,
     )  # fmt: skip
-    return y, torch.zeros_like(y), row_max, row_sum
+    return y, x.new_empty(0), row_max, row_sum
 
 
 def cci_after_sci(
@@ -75,13 +75,13 @@ def cci_after_sci(
     row_sum: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """y, and the zeros, from rows' numbers that sci left."""
+    """y, and nothing, from rows' numbers that sci left."""
     y = _dense_like(v)
     _run(
         "cci_after_sci", x, v, partner=partner.contiguous(), eta=eta.contiguous(), y=y,
         row_max=row_max, row_sum=row_sum, scale=scale,
     )  # fmt: skip
-    return y, torch.zeros_like(y)
+    return y, x.new_empty(0)
 
 
 def cci_backward(

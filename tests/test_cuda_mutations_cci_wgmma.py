@@ -121,8 +121,8 @@ MUTATIONS = (
     of_a_pair(
         "tile awaited by nobody",
         FORWARD,
-        "for_b[2][kWidth / 16][4];\n    ring.wait(tile);",
-        "for_b[2][kWidth / 16][4];",
+        "magnitudes[2][kWidth / 16][4];\n    ring.wait(tile);",
+        "magnitudes[2][kWidth / 16][4];",
         "in flight|never written|has not waited",
     ),
     of_a_pair(
@@ -136,8 +136,16 @@ MUTATIONS = (
     of_a_pair(
         "values of the partner",
         FORWARD,
+        "start_nn(acc, weights, own_x[tile - 1]);",
         "start_nn(acc, weights, x.first[tile - 1]);",
-        "start_nn(acc, weights, x.second[tile - 1]);",
+        "error",
+        is_thin=False,
+    ),
+    of_a_pair(
+        "eta of the partner",
+        FORWARD,
+        "p.eta[pair.image(own)]",
+        "p.eta[pair.first]",
         "error",
         is_thin=False,
     ),

@@ -209,20 +209,20 @@ std::tuple<Tensor, Tensor> sci_backward(const Tensor& dy, const Tensor& x,
   return {dx, dv};
 }
 
+// b is empty: the backward pass does without.
 std::tuple<Tensor, Tensor, Tensor, Tensor> cci(const Tensor& x, const Tensor& partner,
                                                const Tensor& eta, const std::optional<Tensor>& v,
                                                double scale) {
   Call call(x);
   Results r(call, x, v);
-  Tensor b = call.empty(shape_of(values(x, v)), x.scalar_type());
   const Tensor partners = torch::stable::contiguous(partner);
   const Tensor etas = torch::stable::contiguous(eta);
   check(cin_fast::cci_forward(
             call.context, dtype_of(x), shape(x, v), static_cast<float>(scale),
             {view(x), view(v), const_data<int64_t>(partners), const_data<float>(etas),
-             data<void>(r.y), data<void>(b), data<float>(r.row_max), data<float>(r.row_sum)}),
+             data<void>(r.y), data<float>(r.row_max), data<float>(r.row_sum)}),
         "cci");
-  return {r.y, b, r.row_max, r.row_sum};
+  return {r.y, call.empty({0}, x.scalar_type()), r.row_max, r.row_sum};
 }
 
 std::tuple<Tensor, Tensor> cci_after_sci(const Tensor& x, const Tensor& partner, const Tensor& eta,
@@ -230,7 +230,6 @@ std::tuple<Tensor, Tensor> cci_after_sci(const Tensor& x, const Tensor& partner,
                                          const Tensor& row_sum, double scale) {
   Call call(x);
   Tensor y = call.empty(shape_of(v), x.scalar_type());
-  Tensor b = call.empty(shape_of(v), x.scalar_type());
   const Tensor partners = torch::stable::contiguous(partner);
   const Tensor etas = torch::stable::contiguous(eta);
   // Only read.
@@ -239,9 +238,9 @@ std::tuple<Tensor, Tensor> cci_after_sci(const Tensor& x, const Tensor& partner,
   check(cin_fast::cci_forward(
             call.context, dtype_of(x), shape(x, v), static_cast<float>(scale),
             {view(x), view(v), const_data<int64_t>(partners), const_data<float>(etas),
-             data<void>(y), data<void>(b), peaks, sums, /*after_sci=*/true}),
+             data<void>(y), peaks, sums, /*after_sci=*/true}),
         "cci_after_sci");
-  return {y, b};
+  return {y, call.empty({0}, x.scalar_type())};
 }
 
 std::tuple<Tensor, Tensor, Tensor> cci_backward(const Tensor& dy, const Tensor& x,

@@ -43,7 +43,7 @@ struct ForwardParameters {
   Batch<T> x, v;
   const int64_t* partner;
   const float* eta;
-  T *y, *b;
+  T* y;
   const float *row_max, *row_sum;
   int channels, columns;
   float factor;

@@ -1,6 +1,7 @@
-// cci, forward: a sweep for peaks and sums, unless sci has left them, then one for the result. In
-// the second each of a block's two groups computes its own image's part of a tile and trades it, in
-// shared memory, for the other's; one group collects y, the other b.
+// cci, forward: a sweep for peaks and sums, unless sci has left them, then one for the results. In
+// the second a block owns the same rows of both images of a pair, and each of its two groups
+// collects one image's y: it computes that image's part of a tile and trades it, in shared memory,
+// for the other's.
 #include "cci.cuh"
 
 namespace cin_fast {
@@ -31,28 +32,30 @@ struct ForwardTiles {
   using T = typename Products::Element;
   static constexpr int kPitch = kColumns + Products::kPad;
   static constexpr size_t kStages = 2 * Stream<Products, kStreamWidth>::kStage * sizeof(T);
-  static constexpr size_t kSharedBytes =
-      shared_bytes({kStages, kStages, kStreamWidth * kPitch * sizeof(T),
-                    Exchange<kStreamWidth / 8>::kElements * sizeof(float)});
+  static constexpr size_t kValues = kStreamWidth * kPitch * sizeof(T);
+  static constexpr size_t kSharedBytes = shared_bytes(
+      {kStages, kStages, kValues, kValues, Exchange<kStreamWidth / 8>::kElements * sizeof(float)});
 };
 
 // Grid: row blocks of all images, chunks of v's columns.
 template <class Products, int kColumns>
-__global__ void __launch_bounds__(kBlockThreads)
+__global__ void __launch_bounds__(kBlockThreads, 1)
     cci_forward_kernel(ForwardParameters<typename Products::Element> p, int row_blocks) {
   using Tiles = ForwardTiles<Products, kColumns>;
   using T = typename Products::Element;
   constexpr int kAcross = kStreamWidth / 8;
-  const int64_t image = blockIdx.x / row_blocks;
+  const Pair pair(p.partner, blockIdx.x / row_blocks);
+  if (pair.is_anothers()) return;
   const int row = blockIdx.x % row_blocks * kBlockRows, chunk = blockIdx.y * kColumns;
   const bool first = group_id() == 0;
-  const int64_t own = first ? image : p.partner[image];
-  const float eta = p.eta[image];
-  const Matrix<T> x = p.x.image(own), v = p.v.image(image);
+  const int64_t own = first ? pair.first : pair.second;
+  const float eta = p.eta[own];
+  const Matrix<T> x = p.x.image(own), v = p.v.image(own);
   SharedMemory shared;
   Stream<Products, kStreamWidth> streams[2] = {Stream<Products, kStreamWidth>(shared),
                                                Stream<Products, kStreamWidth>(shared)};
-  T* values = shared.take<T>(kStreamWidth * Tiles::kPitch);
+  constexpr int kTileElements = kStreamWidth * Tiles::kPitch;
+  T* const values = shared.take<T>(2 * kTileElements) + (first ? 0 : kTileElements);
   Exchange<kAcross> exchange(shared);
   Stream<Products, kStreamWidth> stream = first ? streams[0] : streams[1];
 
@@ -60,8 +63,8 @@ __global__ void __launch_bounds__(kBlockThreads)
   load_statistics<Products>(terms, p.row_max + own * x.rows, p.row_sum + own * x.rows, row, x.rows);
   float acc[kColumns / 8][4] = {};
   for (int column = 0; column < x.rows; column += kStreamWidth) {
-    load_tile<kStreamWidth, kColumns>(values, Tiles::kPitch, v, column, chunk, threadIdx.x,
-                                      kBlockThreads);
+    load_tile<kStreamWidth, kColumns>(values, Tiles::kPitch, v, column, chunk, group_thread(),
+                                      kGroupThreads);
     ptx::cp_async_commit();
     float weights[kAcross][4] = {}, others[kAcross][4];
     stream.product(weights, x, row, x, column);
@@ -72,18 +75,15 @@ __global__ void __launch_bounds__(kBlockThreads)
 #pragma unroll
     for (int n = 0; n < kAcross; ++n) {
 #pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        const float mine = weights[n][e], theirs = others[n][e];
-        weights[n][e] = first ? fabsf(contrast(mine, eta, theirs))
-                              : with_sign_of(contrast(theirs, eta, mine), mine);
-      }
+      for (int e = 0; e < 4; ++e) weights[n][e] = fabsf(contrast(weights[n][e], eta, others[n][e]));
     }
     Products::nn(acc, weights, values, Tiles::kPitch);
     // The next tile of v and the next weights land where these lie.
     __syncthreads();
   }
-  T* to = (first ? p.y : p.b) + image * x.rows * p.columns;
-  store_tile<Products>(to, acc, 1.f, 1.f, row, x.rows, chunk, p.columns);
+  if (!first && pair.is_single()) return;
+  store_tile<Products>(p.y + own * x.rows * p.columns, acc, 1.f, 1.f, row, x.rows, chunk,
+                       p.columns);
 }
 
 template <class Products, int kColumns>
@@ -129,7 +129,6 @@ cudaError_t cci_forward(const Context& context, Dtype dtype, const Shape& shape,
     p.partner = a.partner;
     p.eta = a.eta;
     p.y = static_cast<T*>(a.y);
-    p.b = static_cast<T*>(a.b);
     p.row_max = a.row_max;
     p.row_sum = a.row_sum;
     p.channels = shape.channels;

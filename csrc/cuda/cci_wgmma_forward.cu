@@ -1,9 +1,8 @@
 // cci forward on sm_90a: 16-bit operands, at most 208 positions, v = x or at most 16 columns of v.
-// A sweep for peaks and sums, unless sci has left them, then one for the results. Where v is thin,
-// a block owns 128 rows of both images of a pair: a warp group computes both images' weights for 64
-// of them, and nothing is traded. Where v = x, a block owns 64 rows of one image: one warp group
-// collects y, the other b, each from its own image's weights and those that the other trades for
-// them.
+// A sweep for peaks and sums, unless sci has left them, then one for the results, of both images of
+// a pair. Where v is thin, a block owns 128 rows of both: a warp group computes both images'
+// weights for 64 of them, and nothing is traded. Where v = x, it owns 64 rows of both: a warp group
+// collects one image's y, from that image's weights and those that the other trades for them.
 #include "cci.cuh"
 #include "warpgroup.cuh"
 
@@ -61,32 +60,21 @@ struct ForwardTiles {
   static constexpr size_t kSharedBytes = pipeline_bytes<kStages, X, V>();
 };
 
-// From both images' weights what each image's y and b sum up: |M|, and the partner's with M's sign.
+// |M| of both images, from their weights.
 template <class T, int N>
 __device__ __forceinline__ void pack_contrasts(uint32_t (&magnitudes)[2][N / 2][4],
-                                               uint32_t (&signed_others)[2][N / 2][4],
-                                               const float (&weights)[2][N][4],
-                                               const float (&eta)[2]) {
+                                               float (&weights)[2][N][4], const float (&eta)[2]) {
 #pragma unroll
   for (int n = 0; n < N; ++n) {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
+    for (int e = 0; e < 4; ++e) {
+      const float p[2] = {weights[0][n][e], weights[1][n][e]};
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        float magnitude[2], signed_other[2];
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          const float other = weights[1 - i][n][2 * half + e];
-          const float m = contrast(weights[i][n][2 * half + e], eta[i], other);
-          magnitude[e] = fabsf(m);
-          signed_other[e] = with_sign_of(m, other);
-        }
-        magnitudes[i][n / 2][n % 2 * 2 + half] = HalfProducts<T>::pair(magnitude[0], magnitude[1]);
-        signed_others[i][n / 2][n % 2 * 2 + half] =
-            HalfProducts<T>::pair(signed_other[0], signed_other[1]);
-      }
+      for (int i = 0; i < 2; ++i) weights[i][n][e] = fabsf(contrast(p[i], eta[i], p[1 - i]));
     }
   }
+#pragma unroll
+  for (int i = 0; i < 2; ++i) pack<T>(magnitudes[i], weights[i]);
 }
 
 template <class T, int kColumns>
@@ -117,11 +105,11 @@ __global__ void __launch_bounds__(kPipelineThreads, 1)
     const int64_t first = pair.image(i) * channels;
     load_statistics<Products>(terms[i], p.row_max + first, p.row_sum + first, row, channels);
   }
-  float y[2][kThin / 8][4] = {}, b[2][kThin / 8][4] = {};
+  float y[2][kThin / 8][4] = {};
   ptx::mbarrier_wait(ring.rows_full, 0);
   for (int tile = 0; tile < tiles; ++tile) {
     float weights[2][kWidth / 8][4];
-    uint32_t for_y[2][kWidth / 16][4], for_b[2][kWidth / 16][4];
+    uint32_t magnitudes[2][kWidth / 16][4];
     ring.wait(tile);
     ptx::wgmma_fence();
 #pragma unroll
@@ -131,13 +119,10 @@ __global__ void __launch_bounds__(kPipelineThreads, 1)
 #pragma unroll
     for (int i = 0; i < 2; ++i)
       to_weights<Products>(weights[i], terms[i], p.factor, channels - tile * kWidth);
-    pack_contrasts<T>(for_y, for_b, weights, eta);
+    pack_contrasts<T>(magnitudes, weights, eta);
     ptx::wgmma_fence();
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      start_nn(y[i], for_y[i], v[i][tile]);
-      start_nn(b[i], for_b[i], v[i][tile]);
-    }
+    for (int i = 0; i < 2; ++i) start_nn(y[i], magnitudes[i], v[i][tile]);
     ptx::wgmma_commit();
     ptx::wgmma_wait<0>();
     ring.release(tile);
@@ -147,7 +132,6 @@ __global__ void __launch_bounds__(kPipelineThreads, 1)
     if (i == 1 && pair.is_single()) break;
     const int64_t first = pair.image(i) * channels * p.columns;
     store_tile<Products>(p.y + first, y[i], 1.f, 1.f, row, channels, 0, p.columns);
-    store_tile<Products>(p.b + first, b[i], 1.f, 1.f, row, channels, 0, p.columns);
   }
 #endif
 }
@@ -160,12 +144,11 @@ struct TiedTiles {
   static constexpr size_t kSharedBytes = pipeline_bytes<kStages, X, Weights>();
 };
 
-// From a tile of one's own image's weights, and of those that the other warp group has: |M| for y,
-// and the partner's weights with M's sign for b.
+// |M| from a tile of one's own image's weights, and of those that the other warp group has.
 template <int kElements, int N>
 __device__ __forceinline__ void trade_contrasts(float (&weights)[N][4],
                                                 const Trade<float, kElements>& trade, int tile,
-                                                float eta, bool for_y) {
+                                                float eta) {
   static_assert(kElements == 4 * N, "one tile");
 #pragma unroll
   for (int i = 0; i < kElements; ++i) trade.given(tile, i) = weights[i / 4][i % 4];
@@ -173,9 +156,7 @@ __device__ __forceinline__ void trade_contrasts(float (&weights)[N][4],
 #pragma unroll
   for (int i = 0; i < kElements; ++i) {
     float& mine = weights[i / 4][i % 4];
-    const float theirs = trade.taken(tile, i);
-    mine = for_y ? fabsf(contrast(mine, eta, theirs))
-                 : with_sign_of(contrast(theirs, eta, mine), mine);
+    mine = fabsf(contrast(mine, eta, trade.taken(tile, i)));
   }
 }
 
@@ -190,6 +171,7 @@ __global__ void __launch_bounds__(kPipelineThreads, 1)
   constexpr int kWidth = Tiles::kWidth, kStages = Tiles::kStages;
   const Place block(row_blocks, kBlockRows);
   const Pair pair(p.partner, block.image);
+  if (pair.is_anothers()) return;
   const int channels = p.channels, tiles = divide_up(channels, kWidth);
   SharedMemory shared;
   const typename Tiles::X x(shared, maps.x, pair.first, pair.second);
@@ -200,7 +182,7 @@ __global__ void __launch_bounds__(kPipelineThreads, 1)
   ptx::setmaxnreg_inc<kConsumerRegisters>();
   const int own = consumer_row() / kBlockRows;
   const auto own_x = x[own];
-  const float eta = p.eta[pair.first];
+  const float eta = p.eta[pair.image(own)];
   RowTerms terms[2];
   const int64_t first = pair.image(own) * channels;
   load_statistics<Products>(terms, p.row_max + first, p.row_sum + first, block.row, channels);
@@ -209,7 +191,7 @@ __global__ void __launch_bounds__(kPipelineThreads, 1)
   uint32_t weights[kWidth / 16][4];
   const auto weigh = [&](int tile) {
     to_weights<Products>(s, terms, p.factor, channels - tile * kWidth);
-    trade_contrasts(s, trade, tile, eta, own == 0);
+    trade_contrasts(s, trade, tile, eta);
   };
   ptx::mbarrier_wait(ring.rows_full, 0);
   ring.wait(0);
@@ -225,7 +207,7 @@ __global__ void __launch_bounds__(kPipelineThreads, 1)
     ptx::wgmma_fence();
     start_nt(s, own_x.rows_from(0), own_x[tile]);
     ptx::wgmma_commit();
-    start_nn(acc, weights, x.first[tile - 1]);
+    start_nn(acc, weights, own_x[tile - 1]);
     ptx::wgmma_commit();
     ptx::wgmma_wait<1>();
     weigh(tile);
@@ -234,11 +216,12 @@ __global__ void __launch_bounds__(kPipelineThreads, 1)
     pack<T>(weights, s);
   }
   ptx::wgmma_fence();
-  start_nn(acc, weights, x.first[tiles - 1]);
+  start_nn(acc, weights, own_x[tiles - 1]);
   ptx::wgmma_commit();
   ptx::wgmma_wait<0>();
-  T* to = (own == 0 ? p.y : p.b) + static_cast<int64_t>(block.image) * channels * p.columns;
-  store_rows<Products>(to, acc, 1.f, 1.f, own_x.rows_from(0), block.row, channels, p.columns);
+  if (own == 1 && pair.is_single()) return;
+  store_rows<Products>(p.y + first * p.columns, acc, 1.f, 1.f, own_x.rows_from(0), block.row,
+                       channels, p.columns);
 #endif
 }
 

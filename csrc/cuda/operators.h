@@ -68,13 +68,13 @@ struct SciBackward {
   void *dx, *dv;
 };
 
-// partner and eta are contiguous; b is the partner term before eta: y = A - eta b. after_sci:
-// row_max and row_sum are those that sci wrote of the same x, and are only read.
+// partner and eta are contiguous. after_sci: row_max and row_sum are those that sci wrote of the
+// same x, and are only read.
 struct CciForward {
   View x, v;
   const int64_t* partner;
   const float* eta;
-  void *y, *b;
+  void* y;
   float *row_max, *row_sum;
   bool after_sci = false;
 };

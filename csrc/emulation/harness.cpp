@@ -79,23 +79,23 @@ extern "C" int emulated_sci_backward(const EmulationCall* call, const void* dy,
 
 extern "C" int emulated_cci_forward(const EmulationCall* call, const void* x, const long* x_strides,
                                     const void* v, const long* v_strides, const int64_t* partner,
-                                    const long*, const float* eta, const long*, void* y, void* b,
+                                    const long*, const float* eta, const long*, void* y,
                                     float* row_max, float* row_sum) {
   Workspace workspace;
   return cin_fast::cci_forward(
       context_of(workspace, *call), cin_fast::Dtype(call->dtype), shape_of(*call), call->scale,
-      {view(x, x_strides), view(v, v_strides), partner, eta, y, b, row_max, row_sum});
+      {view(x, x_strides), view(v, v_strides), partner, eta, y, row_max, row_sum});
 }
 
 extern "C" int emulated_cci_after_sci(const EmulationCall* call, const void* x,
                                       const long* x_strides, const void* v, const long* v_strides,
                                       const int64_t* partner, const long*, const float* eta,
                                       const long*, float* row_max, const long*, float* row_sum,
-                                      const long*, void* y, void* b) {
+                                      const long*, void* y) {
   Workspace workspace;
   return cin_fast::cci_forward(
       context_of(workspace, *call), cin_fast::Dtype(call->dtype), shape_of(*call), call->scale,
-      {view(x, x_strides), view(v, v_strides), partner, eta, y, b, row_max, row_sum, true});
+      {view(x, x_strides), view(v, v_strides), partner, eta, y, row_max, row_sum, true});
 }
 
 extern "C" int emulated_cci_backward(const EmulationCall* call, const void* dy,
