@@ -31,6 +31,10 @@ _SUFFIXES = (".onnx", ".pt2")
 _EXAMPLE = 2
 
 
+class ExportError(ValueError):
+    """A model that ONNX cannot hold, with the reason and what to do."""
+
+
 def export_program(trained: Trained) -> ExportedProgram:
     """The model from images (B, 3, S, S) to logits (B, classes), any B, as aten operators alone."""
     size = trained.config.image_size
@@ -45,6 +49,7 @@ def export_onnx(trained: Trained, path: Path) -> None:
     """Write the model as ONNX: input ``images``, output ``logits``, classes in its metadata.
 
     Raises:
+        ExportError: if torch.onnx does not know an operator of the model.
         ImportError: naming the packages that are missing.
         WriteError: if the disk refuses.
     """
@@ -53,19 +58,37 @@ def export_onnx(trained: Trained, path: Path) -> None:
         raise ImportError(f"ONNX needs {', '.join(missing)}: pip install {' '.join(missing)}")
     import onnx
 
-    program = torch.onnx.export(
-        export_program(trained),
-        input_names=["images"],
-        output_names=["logits"],
-        dynamo=True,
-        verbose=False,
-    )
-    assert program is not None
-    model = program.model_proto
+    model = _to_onnx(trained).model_proto
     for key, value in _metadata(trained).items():
         model.metadata_props.append(onnx.StringStringEntryProto(key=key, value=value))
     with replacing(path) as beside:
         onnx.save(model, beside)
+
+
+def _to_onnx(trained: Trained) -> torch.onnx.ONNXProgram:
+    try:
+        program = torch.onnx.export(
+            export_program(trained),
+            input_names=["images"],
+            output_names=["logits"],
+            dynamo=True,
+            verbose=False,
+        )
+    except torch.onnx.OnnxExporterError as error:
+        config = trained.config
+        raise ExportError(
+            f"{config.method} on {config.backbone} cannot be written as ONNX ({_reason(error)}); "
+            "--output FILE.pt2 writes it for torch.export"
+        ) from error
+    assert program is not None
+    return program
+
+
+def _reason(error: BaseException) -> str:
+    # torch.onnx wraps what went wrong in pages of advice.
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def check_onnx(trained: Trained, path: Path, images: Tensor) -> float:

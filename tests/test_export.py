@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from PIL import Image
 from small_run import arguments
 
 from cin_fast.data.synthetic import SyntheticBirds
-from cin_fast.export import check_onnx, export_onnx, export_program, main
+from cin_fast.export import ExportError, check_onnx, export_onnx, export_program, main
+from cin_fast.models import METHODS, build_model
 from cin_fast.train import main as train
 from cin_fast.trained import load_trained
 
@@ -60,6 +62,39 @@ def test_onnxruntime_gives_the_same_logits(run, pictures, tmp_path, request):
     held = {entry.key: entry.value for entry in model.metadata_props}
     assert json.loads(held["classes"]) == list(trained.classes)
     assert held["image_size"] == "64"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_becomes_onnx(run, pictures, tmp_path, method):
+    pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    pytest.importorskip("onnxscript", reason="onnxscript is not installed")
+    model, trained = build_model(method, 3, "resnet18").eval(), load_trained(run)
+    for parameter in model.parameters():
+        # A residual block starts as the identity: its norm's weights are 0.
+        if not parameter.any():
+            torch.nn.init.normal_(parameter)
+    trained = replace(trained, model=model, config=replace(trained.config, method=method))
+    export_onnx(trained, tmp_path / "model.onnx")
+    assert check_onnx(trained, tmp_path / "model.onnx", pictures) < 1e-4
+
+
+def test_what_onnx_cannot_hold_is_one_line(run, tmp_path, monkeypatch):
+    pytest.importorskip("onnxscript", reason="onnxscript is not installed")
+
+    def refuse(*_, **__):
+        try:
+            raise AssertionError("only 4D query\nand more")
+        except AssertionError as cause:
+            raise torch.onnx.OnnxExporterError("Failed\n## Next steps") from cause
+
+    monkeypatch.setattr(torch.onnx, "export", refuse)
+    with pytest.raises(ExportError) as caught:
+        export_onnx(load_trained(run), tmp_path / "model.onnx")
+    assert str(caught.value).startswith(
+        "cin on resnet18 cannot be written as ONNX (only 4D query); --output FILE.pt2"
+    )
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow

@@ -31,10 +31,12 @@ class NonLocal(nn.Module):
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """A map of x's shape, (B, C, H, W)."""
+        # An axis of one head: torch.onnx takes no attention without heads.
         theta, phi, g = (
-            layer(x_BCHW).flatten(2).transpose(1, 2) for layer in (self.theta, self.phi, self.g)
+            layer(x_BCHW).flatten(2).transpose(1, 2)[:, None]
+            for layer in (self.theta, self.phi, self.g)
         )
-        y_BLI = F.scaled_dot_product_attention(theta, phi, g, scale=1.0)
+        y_BLI = F.scaled_dot_product_attention(theta, phi, g, scale=1.0)[:, 0]
         y_BIHW = y_BLI.transpose(1, 2).unflatten(2, x_BCHW.shape[2:])
         return self.norm(self.out(y_BIHW)) + x_BCHW
 
