@@ -8,15 +8,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from cin_fast import command
 from cin_fast.checkpoint import LAST
 from cin_fast.config import TrainConfig
 from cin_fast.data.synthetic import SyntheticBirds
-from cin_fast.train import train
+from cin_fast.train import TrainingError, train
 from cin_fast.trained import load_trained
 from cin_fast.visualize import draw_channels, draw_pairs
 
 METHODS = ("plain", "cin")
 _PICTURED = 4
+_NAME = "python -m cin_fast.demo"
 
 
 def demo_config(method: str, output: Path, epochs: int, device: str = "auto") -> TrainConfig:
@@ -58,12 +60,12 @@ def draw(output: Path) -> list[Path]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command."""
-    parser = argparse.ArgumentParser(prog="python -m cin_fast.demo", description=__doc__)
-    parser.add_argument("--epochs", type=int, default=12, help="epochs of each run (default: 12)")
-    parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="(runs/demo)")
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
-    options = parser.parse_args(argv)
+    """The command; prints errors as one line and returns 2 for them."""
+    options = _parser().parse_args(argv)
+    return command.run(_NAME, lambda: _demo(options), also=(TrainingError,))
+
+
+def _demo(options: argparse.Namespace) -> int:
     results: dict[str, dict[str, Any]] = {}
     for number, method in enumerate(METHODS, 1):
         print(f"\n== {number} of {len(METHODS)}: {method} ==", flush=True)
@@ -77,6 +79,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"metrics     {options.output / 'cin' / 'metrics.json'}")
     print("pictures    " + "\n            ".join(str(path) for path in pictures))
     return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=_NAME, description=__doc__)
+    parser.add_argument("--epochs", type=int, default=12, help="epochs of each run (default: 12)")
+    parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="(runs/demo)")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
+    return parser
 
 
 if __name__ == "__main__":

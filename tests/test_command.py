@@ -7,13 +7,14 @@ import torch
 from small_run import arguments
 from torch.utils.data import DataLoader, Dataset
 
-from cin_fast import command
+from cin_fast import command, demo
 from cin_fast.config import TrainConfig
 from cin_fast.data.cli import main as data
 from cin_fast.evaluate import main as evaluate
 from cin_fast.export import main as export
 from cin_fast.predict import main as predict
 from cin_fast.reproduce import main as reproduce
+from cin_fast.train import TrainingError
 from cin_fast.train import main as train
 from cin_fast.visualize import main as visualize
 
@@ -74,6 +75,23 @@ def test_an_error_of_ours_keeps_its_traceback():
 
     with pytest.raises(RuntimeError, match="mat1"):
         command.run("cin-fast-x", body)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (ValueError("--epochs: expected at least 1, found 0"), 2, "error: --epochs: expected at"),
+        (TrainingError("the loss is nan"), 2, "error: the loss is nan"),
+        (KeyboardInterrupt(), 130, "error: stopped"),
+    ],
+)
+def test_the_demo_is_a_command_as_the_others(capsys, monkeypatch, error, code, message):
+    def train(_):
+        raise error
+
+    monkeypatch.setattr(demo, "train", train)
+    assert demo.main([]) == code
+    assert capsys.readouterr().err.startswith(f"python -m cin_fast.demo: {message}")
 
 
 class Broken(Dataset):
