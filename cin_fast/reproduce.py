@@ -321,6 +321,7 @@ def parse(argv: Sequence[str] | None = None) -> Plan:
         if any(word.partition("=")[0] in (f"--{name}", f"--no-{name}") for word in rest):
             raise ValueError(f"--{name}: cin-fast-reproduce sets it for each run itself")
     base = configs.parse(rest, "cin-fast-reproduce")
+    _check_file(rest)
     for row in options.rows or ():
         if row not in ROWS:
             raise ValueError(f"--rows: expected some of {', '.join(ROWS)}, found {row!r}")
@@ -331,6 +332,19 @@ def parse(argv: Sequence[str] | None = None) -> Plan:
     everything = base.backbone == _PAPER_BACKBONE
     default = [row for row, what in ROWS.items() if everything or what.backbone is None]
     return Plan(base, tuple(options.rows or default), tuple(options.seeds), options.output)
+
+
+def _check_file(rest: Sequence[str]) -> None:
+    finder = argparse.ArgumentParser(add_help=False)
+    finder.add_argument("--config")
+    path = finder.parse_known_args(rest)[0].config
+    given = {str(key).replace("-", "_") for key in read_settings(Path(path))} if path else set()
+    for name in _SET_HERE:
+        if name in given:
+            raise ValueError(
+                f"--config: {path} holds {name}, which cin-fast-reproduce sets for each run "
+                "itself; remove it there"
+            )
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -113,6 +113,17 @@ def test_what_it_refuses(images, tmp_path, capsys, more, message):
     assert error.count("\n") == 1
 
 
+@pytest.mark.parametrize("name", ["seed", "method", "output", "resume"])
+def test_a_file_sets_nothing_that_it_sets_itself(tmp_path, name):
+    values = {"seed": 3, "method": "cin", "output": "runs/x", "resume": True}
+    file = tmp_path / "settings.json"
+    file.write_text(json.dumps({"epochs": 2}))
+    assert parse(["table1", "--config", str(file)]).base.epochs == 2
+    file.write_text(json.dumps({"epochs": 2, name: values[name]}))
+    with pytest.raises(ValueError, match=f"settings.json holds {name}, which .* remove it there"):
+        parse(["table1", f"--config={file}"])
+
+
 def test_an_unknown_option_is_this_commands(capsys):
     with pytest.raises(SystemExit):
         main(["table1", "--sed", "0"])
