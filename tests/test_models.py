@@ -207,9 +207,12 @@ def test_weights_that_do_not_fit_say_so(tmp_path):
     path = tmp_path / "weights.pt"
     with pytest.raises(FileNotFoundError, match=r"weights: no file .*weights\.pt"):
         build_backbone("resnet18", path)
-    path.write_bytes(b"not a weight file")
-    with pytest.raises(ValueError, match="no weight file that can be read"):
-        build_backbone("resnet18", path)
+    whole = {"state_dict": {}, "net": torch.nn.ReLU}
+    torch.save(whole, path)
+    for content in (b"not a weight file", path.read_bytes(), path.read_bytes()[:200]):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"damaged or no weight file; expected .* wrote$"):
+            build_backbone("resnet18", path)
     torch.save(build_backbone("resnet18").body.state_dict(), path)
     with pytest.raises(ValueError, match=r"does not fit: it .* layer"):
         build_backbone("resnet50", path)

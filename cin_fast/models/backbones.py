@@ -6,6 +6,7 @@ is installed.
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 from pathlib import Path
 from typing import Any
@@ -169,7 +170,16 @@ def _read(path: Path) -> dict[str, Tensor]:
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise ValueError(f"weights: {path} is no weight file that can be read: {error}") from error
+        # torch seeks before the start of a file that was cut short: an invalid argument.
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:
+            raise ValueError(
+                f"weights: {path} cannot be read ({error.strerror or error})"
+            ) from error
+        # What torch stumbles over in such a file is of no use to its owner.
+        raise ValueError(
+            f"weights: {path} is damaged or no weight file; expected a state dict that torch.save "
+            "wrote"
+        ) from error
     for key in ("state_dict", "model"):
         if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
             loaded = loaded[key]
