@@ -5,13 +5,14 @@ from __future__ import annotations
 import importlib.util
 import platform
 import subprocess
+import sys
 from importlib import metadata
 from pathlib import Path
 
 import torch
 
 import cin_fast
-from cin_fast import dispatch
+from cin_fast import command, dispatch
 
 
 def versions() -> dict[str, str]:
@@ -70,10 +71,15 @@ def report() -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    """Print the report."""
-    print(report())
+def main() -> int:
+    """The command; prints errors as one line and returns 2 for them."""
+
+    def body() -> int:
+        print(report(), flush=True)
+        return 0
+
+    return command.run("python -m cin_fast.info", body)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

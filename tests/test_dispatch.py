@@ -1,7 +1,10 @@
 """Which backend runs, and what is said of those that cannot."""
 
+import errno
+import io
 import json
 import subprocess
+import sys
 
 import pytest
 import torch
@@ -115,6 +118,19 @@ def test_the_commit_is_not_another_repositorys(monkeypatch, tmp_path):
     subprocess.run(commit, check=True)
     monkeypatch.setattr(info, "__file__", str(package / "info.py"))
     assert info.git_commit() == "unknown"
+
+
+def test_info_on_a_full_disk_is_a_line(monkeypatch, capsys):
+    class Full(io.StringIO):
+        def write(self, text):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(info, "report", lambda: "report")
+    assert info.main() == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", Full())
+        assert info.main() == 2
+    assert capsys.readouterr().err == "python -m cin_fast.info: error: No space left on device\n"
 
 
 def test_info_names_every_backend():
