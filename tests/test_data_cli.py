@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from cin_fast.data import build_dataset
+from cin_fast.data import synthesize as synthesizing
 from cin_fast.data.cli import main
 
 
@@ -23,7 +24,7 @@ def test_what_is_synthesized_reads_back(tmp_path, capsys):
     assert sizes == [36, 15]
     with Image.open(next((tmp_path / "birds" / "images").rglob("*.jpg"))) as image:
         assert image.size == (32, 32)
-    assert not list(tmp_path.glob("*.partial"))
+    assert [path.name for path in tmp_path.iterdir()] == ["birds"]
 
 
 def test_the_same_options_write_the_same_bytes(tmp_path):
@@ -45,7 +46,8 @@ def test_the_folder_layout_reads_back(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--classes", "82"], "classes: expected 1 to 81, found 82"),
+        (["--classes", "82"], "classes: expected 2 to 81, found 82"),
+        (["--classes", "1"], "classes: expected 2 to 81, found 1"),
         (["--images-per-class", "0"], "images per class: expected 1 or more, found 0"),
         (["--image-size", "3"], "image size: expected 16 to 2048, found 3"),
         (["--seed", "-1"], "seed: expected 0 or more, found -1"),
@@ -62,6 +64,31 @@ def test_a_folder_in_use_is_left_alone(tmp_path, capsys):
     assert synthesize(tmp_path) == 2
     assert f"{tmp_path} is in use" in capsys.readouterr().err
     assert (tmp_path / "mine.txt").read_text() == "mine"
+
+
+def test_folders_beside_it_are_left_alone(tmp_path):
+    (tmp_path / "birds.partial").mkdir()
+    (tmp_path / "birds.partial" / "mine.txt").write_text("mine")
+    assert synthesize(tmp_path / "birds") == 0
+    assert (tmp_path / "birds.partial" / "mine.txt").read_text() == "mine"
+    (tmp_path / "usual").mkdir()
+    assert (tmp_path / "birds").stat().st_mode == (tmp_path / "usual").stat().st_mode
+
+
+def test_a_drawing_that_fails_leaves_nothing(tmp_path, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(synthesizing, "draw_bird", stop)
+    assert synthesize(tmp_path / "birds") == 130
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_current_folder_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert synthesize(Path(".")) == 2
+    error = capsys.readouterr().err
+    assert error == "cin-fast-data: error: --output: . is the current folder: name a new one\n"
 
 
 def test_a_place_that_cannot_be_written_is_the_one_named(capsys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import pickle
 import shutil
 from pathlib import Path
@@ -196,6 +197,14 @@ def test_windows_line_ends_and_spaces_in_names(cub):
     dataset = build("cub", cub)
     assert dataset.classes[0] == "001.Grey Finch"
     assert dataset[0][0].shape == (3, 24, 24)
+
+
+def test_index_files_of_windows_begin_with_a_mark(cub):
+    expected = build("cub", cub)
+    for file in cub.glob("*.txt"):
+        file.write_bytes(codecs.BOM_UTF8 + file.read_bytes())
+    assert build("cub", cub).entries == expected.entries
+    assert build("cub", cub).classes == expected.classes
 
 
 def official(root, train, test, first="001.Black_footed_Albatross"):

@@ -125,6 +125,19 @@ def test_a_busy_server_is_given_up_at_last(server, tmp_path):
     assert (tmp_path / "set.tgz.part").stat().st_size == 1000
 
 
+def test_what_is_no_address_is_said_to_be_none(tmp_path):
+    with pytest.raises(DataError, match="'nonsense' is no address"):
+        fetch("nonsense", tmp_path / "set.tgz", MD5)
+
+
+def test_a_root_that_is_no_folder_is_named_with_its_option(tmp_path, capsys):
+    file = tmp_path / "file"
+    file.touch()
+    assert main(["download", "cub", "--data-root", str(file)]) == 2
+    error = capsys.readouterr().err
+    assert error == f"cin-fast-data: error: --data-root: {file} cannot be written (File exists)\n"
+
+
 def write_tar(path, *members):
     """Members are names with bytes, or ready-made TarInfo."""
     with tarfile.open(path, "w:gz") as archive:

@@ -1,5 +1,7 @@
 """cin-fast-data verify and list: a whole set passes, and everything wrong with one is named."""
 
+import shutil
+
 import pytest
 from test_aircraft import write_aircraft
 
@@ -51,6 +53,15 @@ def test_a_class_without_test_images_is_named(birds, capsys):
     assert code == 1
     assert "1 problem:" in out
     assert "has no test image" in out
+
+
+def test_a_single_class_is_named(birds, tmp_path, capsys):
+    one = next((birds / "images").iterdir())
+    for split in ("train", "test"):
+        shutil.copytree(one, tmp_path / "one" / split / "sparrow")
+    code, out = verify("folder", tmp_path / "one", capsys)
+    assert code == 1
+    assert "has a single class, sparrow: training takes at least two" in out
 
 
 def test_a_part_of_a_published_set_is_no_whole_copy(tmp_path, capsys):

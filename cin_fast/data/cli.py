@@ -12,7 +12,7 @@ from cin_fast import command
 from cin_fast.data.base import DataError
 from cin_fast.data.catalog import ROOT_VARIABLE, SOURCES, Source, default_root, find
 from cin_fast.data.download import check_md5, fetch, unpack
-from cin_fast.data.synthesize import LAYOUTS, synthesize
+from cin_fast.data.synthesize import LAYOUTS, MIN_CLASSES, synthesize
 from cin_fast.data.synthetic import CLASSES, MAX_CLASSES, TEST_PER_CLASS, TRAIN_PER_CLASS
 from cin_fast.data.verify import verify
 
@@ -107,6 +107,7 @@ def _download(arguments: argparse.Namespace) -> int:
     if final.exists():
         print(f"{final} is there already: cin-fast-data verify {arguments.name} checks it")
         return 0
+    _make_root(root)
     archive: Path = arguments.archive or root / Path(source.archive.url).name
     if arguments.archive:
         check_md5(archive, source.archive.md5)
@@ -118,6 +119,13 @@ def _download(arguments: argparse.Namespace) -> int:
         archive.unlink()
     print(f"{final} is there: cin-fast-train --dataset {arguments.name} --data-root {root}")
     return 0
+
+
+def _make_root(root: Path) -> None:
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"--data-root: {root} cannot be written ({error.strerror})") from error
 
 
 def _add_verify(commands: _Commands) -> None:
@@ -162,8 +170,9 @@ def _add_synthesize(commands: _Commands) -> None:
     )  # fmt: skip
     parser.add_argument("--layout", choices=LAYOUTS, default="cub", help="how it is laid out")
     parser.add_argument(
-        "--classes", type=int, default=CLASSES, metavar="N", help=f"1 to {MAX_CLASSES}"
-    )
+        "--classes", type=int, default=CLASSES, metavar="N",
+        help=f"{MIN_CLASSES} to {MAX_CLASSES}",
+    )  # fmt: skip
     parser.add_argument(
         "--images-per-class", type=int, default=TRAIN_PER_CLASS, metavar="N",
         help="training images of each class; test images come on top, 25 for 60",

@@ -122,10 +122,10 @@ def unpack(archive: Path, folder: str, destination: Path) -> Path:
 def _transfer(url: str, part: Path) -> None:
     """One attempt: ask for what is missing and append it."""
     start = _size(part)
-    request = urllib.request.Request(url, headers={"User-Agent": "cin-fast"})
-    if start:
-        request.add_header("Range", f"bytes={start}-")
     try:
+        request = urllib.request.Request(url, headers={"User-Agent": "cin-fast"})
+        if start:
+            request.add_header("Range", f"bytes={start}-")
         response = urllib.request.urlopen(request, timeout=_TIMEOUT)
     except urllib.error.HTTPError as error:
         if error.code == 416:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +11,19 @@ from tqdm import tqdm
 
 from cin_fast.data import cub
 from cin_fast.data.base import DataError
-from cin_fast.data.synthetic import TEST_PER_CLASS, TRAIN_PER_CLASS, draw_bird, species
+from cin_fast.data.synthetic import (
+    MAX_CLASSES,
+    TEST_PER_CLASS,
+    TRAIN_PER_CLASS,
+    draw_bird,
+    species,
+)
 
 LAYOUTS = ("cub", "folder")
 # Of JPEG: no visible artefacts on flat colours.
 _QUALITY = 95
+# Training takes no fewer.
+MIN_CLASSES = 2
 
 
 @dataclass(frozen=True)
@@ -43,36 +51,43 @@ def synthesize(
     ``images_per_class`` counts training images; test images come on top, 25 for 60.
 
     Raises:
-        DataError: if ``output`` is in use, or a number is out of range.
+        DataError: if ``output`` is in use or the current folder, or a number is out of range.
     """
     for name, value, least in (("images per class", images_per_class, 1), ("seed", seed, 0)):
         if value < least:
             raise DataError(f"{name}: expected {least} or more, found {value}")
     if not 16 <= image_size <= 2048:
         raise DataError(f"image size: expected 16 to 2048, found {image_size}")
+    if not MIN_CLASSES <= classes <= MAX_CLASSES:
+        raise DataError(f"classes: expected {MIN_CLASSES} to {MAX_CLASSES}, found {classes}")
+    if output.resolve() == Path.cwd():
+        raise DataError(f"--output: {output} is the current folder: name a new one")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise DataError(f"{output} is in use: name a folder that is new or empty")
-    try:
-        kinds = species(classes)
-    except ValueError as error:
-        raise DataError(str(error)) from error
-    # Written beside it and renamed, so that a folder of that name is always whole.
-    partial = output.with_name(output.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     images = list(_plan(classes, images_per_class, seed))
+    output.parent.mkdir(parents=True, exist_ok=True)
+    # Written beside it and renamed, so that a folder of that name is always whole.
+    with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as scratch:
+        # Within, as the outer folder is closed to other users.
+        whole = Path(scratch, output.name)
+        whole.mkdir()
+        _draw(images, whole, layout, image_size)
+        whole.replace(output)
+    return len(images)
+
+
+def _draw(images: list[_Image], root: Path, layout: str, image_size: int) -> None:
+    kinds = species(1 + max(image.label for image in images))
     for image in tqdm(images, "drawing", unit="image"):
         if layout == "cub":
-            folder = partial / "images" / image.folder
+            folder = root / "images" / image.folder
         else:
-            folder = partial / ("train" if image.train else "test") / image.folder
+            folder = root / ("train" if image.train else "test") / image.folder
         folder.mkdir(parents=True, exist_ok=True)
         drawn = draw_bird(kinds[image.label], image.key, image_size)
         drawn.save(folder / image.file, quality=_QUALITY)
     if layout == "cub":
-        _write_index(partial, images)
-    partial.replace(output)
-    return len(images)
+        _write_index(root, images)
 
 
 def _plan(classes: int, images_per_class: int, seed: int) -> Iterator[_Image]:

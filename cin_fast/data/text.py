@@ -14,7 +14,8 @@ def read_lines(path: Path) -> list[tuple[int, str]]:
         DataError: if the file is missing, empty, or not text.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        # Editors of Windows put a mark in front.
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is no text file ({error.reason}); unpack it again") from error
     except OSError as error:

@@ -52,6 +52,8 @@ def verify(name: str, root: Path | None) -> Report:
 
 
 def _check_classes(name: str, classes: list[str], folder: Path) -> list[str]:
+    if len(classes) == 1:
+        return [f"{folder} has a single class, {classes[0]}: training takes at least two"]
     source = SOURCES[name]
     if source.official is None or source.others_allowed:
         return []
