@@ -7,6 +7,7 @@ import contextlib
 import csv
 import json
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -59,9 +60,13 @@ def write_confusion(scores: Scores, classes: Sequence[str], folder: Path) -> lis
     axis.set_xlabel("predicted")
     axis.set_ylabel("true")
     if len(classes) <= 30:
-        axis.set_xticks(range(len(classes)), classes, rotation=90, fontsize=7)
-        axis.set_yticks(range(len(classes)), classes, fontsize=7)
-    with replacing(picture) as beside:
+        # A dollar in a name is no formula.
+        plain: dict[str, Any] = {"fontsize": 7, "parse_math": False}
+        axis.set_xticks(range(len(classes)), classes, rotation=90, **plain)
+        axis.set_yticks(range(len(classes)), classes, **plain)
+    with replacing(picture) as beside, warnings.catch_warnings():
+        # The font lacks most scripts; confusion.csv has the names.
+        warnings.filterwarnings("ignore", r"Glyph .* missing from", UserWarning)
         figure.savefig(beside, dpi=120)
     return [table, picture]
 
@@ -74,7 +79,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         device = pick_device(options.device)
         trained = load_trained(options.checkpoint, device)
         images = _test_images(trained, options)
-        command.writable_folder(options.output)
+        output = options.output or _beside(options.checkpoint)
+        command.writable_folder(output)
         loader = DataLoader(images, batch_size=options.batch_size, num_workers=options.workers)
         scores = score(
             trained.model,
@@ -86,12 +92,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         summary = report(scores, trained.classes)
         # First, as a disk that takes no file must not cost what the evaluation found.
         print(json.dumps(summary, indent=2) if options.json else _text(summary))
-        files = write_confusion(scores, trained.classes, options.output)
+        files = write_confusion(scores, trained.classes, output)
         if not options.json:
             print(*files, sep="\n")
         return 0
 
     return command.run("cin-fast-eval", body)
+
+
+def _beside(checkpoint: Path) -> Path:
+    run = checkpoint if checkpoint.is_dir() else checkpoint.parent
+    return run / "evaluation"
 
 
 def _test_images(trained: Trained, options: argparse.Namespace) -> ImageDataset:
@@ -137,15 +148,16 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="cin-fast-eval",
         description="Accuracy of a trained model on its test set.",
-        epilog="example: cin-fast-eval runs/my_run --output runs/my_run/evaluation",
+        epilog="example: cin-fast-eval runs/my_run",
     )
     command.add_checkpoint(parser, positional=True)
     parser.add_argument("--dataset", choices=dataset_names(),
                         help="what to test on (default: the run's)")  # fmt: skip
     parser.add_argument("--data-root", type=Path, metavar="DIR",
                         help="folder of the dataset (default: the run's)")  # fmt: skip
-    parser.add_argument("--output", type=Path, default=Path("evaluation"), metavar="DIR",
-                        help="folder of the confusion matrix (default: evaluation)")  # fmt: skip
+    parser.add_argument("--output", type=Path, metavar="DIR",
+                        help="folder of the confusion matrix (default: evaluation/ in the run's "
+                        "folder)")  # fmt: skip
     parser.add_argument("--batch-size", type=command.at_least(1), default=32, metavar="N",
                         help="images at once (default: 32)")  # fmt: skip
     parser.add_argument("--workers", type=command.at_least(0), default=2, metavar="N",

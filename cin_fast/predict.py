@@ -9,11 +9,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from cin_fast import command
-from cin_fast.data.base import read_image
+from cin_fast.data.base import DataError, read_image
 from cin_fast.distributed import pick_device
 from cin_fast.trained import Trained, load_trained
+
+_NAME = "cin-fast-predict"
+
+
+class PredictError(ValueError):
+    """A model that says nothing, with the reason and the fix."""
 
 
 def predict(trained: Trained, path: Path, count: int) -> list[tuple[str, float]]:
@@ -21,10 +28,17 @@ def predict(trained: Trained, path: Path, count: int) -> list[tuple[str, float]]
 
     Raises:
         DataError: naming the file, if it cannot be read.
+        PredictError: if the logits are not finite.
     """
     pixels = trained.transform(read_image(path))[None].to(trained.device)
     with torch.inference_mode():
-        probabilities = trained.model(pixels)[0].float().softmax(0)
+        logits = trained.model(pixels)[0].float()
+    if not logits.isfinite().all():
+        raise PredictError(
+            f"its logits for {path} are not finite; take another checkpoint, or train again with a "
+            "smaller --lr or with --clip-norm"
+        )
+    probabilities = logits.softmax(0)
     best = probabilities.topk(min(count, len(trained.classes)))
     return [
         (trained.classes[index], probability)
@@ -33,27 +47,42 @@ def predict(trained: Trained, path: Path, count: int) -> list[tuple[str, float]]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; prints errors as one line and returns 2 for them."""
+    """The command; prints errors as one line and returns 2 for them, bad images among them."""
     options = _parser().parse_args(argv)
 
     def body() -> int:
         trained = load_trained(options.checkpoint, pick_device(options.device))
-        found = {str(path): predict(trained, path, options.top) for path in options.images}
+        found: dict[str, dict[str, float]] = {}
+        code = 0
+        # Text shows by itself how far it is.
+        with tqdm(options.images, "predicting", unit="image", leave=False,
+                  disable=not options.json) as images:  # fmt: skip
+            for path in images:
+                try:
+                    best = predict(trained, path, options.top)
+                except DataError as error:
+                    with tqdm.external_write_mode(sys.stderr):
+                        code = command.fail(_NAME, str(error))
+                    continue
+                except PredictError as error:
+                    raise PredictError(f"{options.checkpoint}: {error}") from error
+                found[str(path)] = dict(best)
+                if not options.json:
+                    print(_text(path, best), flush=True)
         if options.json:
-            print(json.dumps({path: dict(best) for path, best in found.items()}, indent=2))
-            return 0
-        for path, best in found.items():
-            print(path)
-            for name, probability in best:
-                print(f"  {probability:7.2%}  {name}")
-        return 0
+            print(json.dumps(found, indent=2))
+        return code
 
-    return command.run("cin-fast-predict", body)
+    return command.run(_NAME, body)
+
+
+def _text(path: Path, best: Sequence[tuple[str, float]]) -> str:
+    return "\n".join([str(path), *(f"  {share:7.2%}  {name}" for name, share in best)])
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="cin-fast-predict",
+        prog=_NAME,
         description="Name the most likely classes of images.",
         epilog="example: cin-fast-predict --checkpoint runs/my_run a.jpg b.jpg",
     )

@@ -6,13 +6,15 @@ import json
 import math
 import os
 import shutil
+import warnings
 
 import pytest
 import torch
 from small_run import arguments
 from torch import nn
 
-from cin_fast.evaluate import main, report
+from cin_fast import checkpoint as checkpoints
+from cin_fast.evaluate import main, report, write_confusion
 from cin_fast.predict import main as predict_main
 from cin_fast.scores import Scores, score
 from cin_fast.train import main as train_main
@@ -76,6 +78,24 @@ def test_eval_agrees_with_training(run, tmp_path, capsys):
     assert "most confused:" in capsys.readouterr().out
 
 
+def test_the_matrix_lies_in_the_runs_folder(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for checkpoint in (run, run / "last.pt"):
+        assert main([str(checkpoint), "--workers", "0", "--device", "cpu"]) == 0
+        (run / "evaluation" / "confusion.png").unlink()
+        shutil.rmtree(run / "evaluation")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("names", [("$10 bill", r"$\frac$"), ("麻雀", "燕子")])
+def test_any_name_is_a_label(tmp_path, names):
+    scores = Scores(torch.eye(2, dtype=torch.int64), 1.0, 2, 1.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        write_confusion(scores, names, tmp_path)
+    assert (tmp_path / "confusion.png").stat().st_size > 1000
+
+
 def test_a_run_may_be_named_by_a_string(run):
     assert load_trained(str(run)).classes == ("blue", "green", "red")
 
@@ -103,6 +123,50 @@ def test_predict_names_classes(run, images, capsys):
     assert set(best) <= {"red", "green", "blue"}
     assert predict_main(argv) == 0
     assert capsys.readouterr().out.count("%") == 3
+
+
+def test_predict_goes_on_after_a_bad_image(run, images, tmp_path, capsys):
+    first, last = (str(images / "test" / "red" / f"{number}.png") for number in (0, 1))
+    argv = [first, str(tmp_path / "gone.png"), last, "--checkpoint", str(run), "--device", "cpu"]
+    capsys.readouterr()
+    assert predict_main(argv) == 2
+    found = capsys.readouterr()
+    assert [line for line in found.out.splitlines() if "%" not in line] == [first, last]
+    assert found.err == f"cin-fast-predict: error: {tmp_path / 'gone.png'} is missing\n"
+    assert predict_main([*argv, "--json"]) == 2
+    found = capsys.readouterr()
+    assert list(json.loads(found.out)) == [first, last]
+    assert "gone.png is missing\n" in found.err
+    assert "0/3" in found.err
+
+
+def test_predict_shows_each_image_as_it_comes(run, images, capsys, monkeypatch):
+    import cin_fast.predict as predicting
+
+    first, last = (images / "test" / "red" / f"{number}.png" for number in (0, 1))
+    predict, shown = predicting.predict, []
+
+    def watched(trained, path, count):
+        shown.append(capsys.readouterr().out)
+        return predict(trained, path, count)
+
+    monkeypatch.setattr(predicting, "predict", watched)
+    capsys.readouterr()
+    assert predict_main([str(first), str(last), "--checkpoint", str(run), "--device", "cpu"]) == 0
+    assert [str(first) in text for text in shown] == [False, True]
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_a_lost_checkpoint_is_named_instead_of_nan(run, images, tmp_path, capsys, options):
+    state = checkpoints.load(run / "last.pt")
+    next(iter(state.model.values())).fill_(math.nan)
+    checkpoints.save(tmp_path / "last.pt", state)
+    picture = str(images / "test" / "red" / "0.png")
+    capsys.readouterr()
+    assert predict_main([picture, "--checkpoint", str(tmp_path), "--device", "cpu", *options]) == 2
+    found = capsys.readouterr()
+    assert not found.out
+    assert f"cin-fast-predict: error: {tmp_path}: its logits for {picture} are not" in found.err
 
 
 def test_errors_are_one_line(run, tmp_path, capsys):
