@@ -60,7 +60,10 @@ def save(path: Path, checkpoint: Checkpoint) -> str:
         with replacing(path) as beside:
             torch.save(content, beside)
             digest = file_hash(beside)
-        write_text(_hash_file(path), f"{digest}  {path.name}\n")
+            line = f"{digest}  {path.name}\n"
+            # Until the file has its name, the hash of the one before it is right, too.
+            write_text(_hash_file(path), line + "".join(_hash_lines(path)[:1]))
+        write_text(_hash_file(path), line)
     except WriteError as error:
         raise CheckpointError(str(error)) from error
     return digest
@@ -70,10 +73,15 @@ def load(path: Path) -> Checkpoint:
     """Read a checkpoint.
 
     Raises:
-        CheckpointError: if there is none, it is truncated, or it is no checkpoint of this project.
+        CheckpointError: if there is none, it is damaged, or it is no checkpoint of this project.
     """
     if not path.is_file():
         raise CheckpointError(f"no checkpoint at {path}")
+    if _hash_lines(path) and not _has_hash(path):
+        raise CheckpointError(
+            f"{path} is damaged: its hash is not the one in {_hash_file(path)} (remove that to "
+            "use it all the same)"
+        )
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
@@ -81,9 +89,12 @@ def load(path: Path) -> Checkpoint:
         if isinstance(error, OSError) and error.errno != errno.EINVAL:
             raise CheckpointError(f"{path} cannot be read ({error.strerror or error})") from error
         # What torch stumbles over in a damaged file is of no use to its owner.
-        raise CheckpointError(
-            f"{path} is damaged or no checkpoint; {_hash_verdict(path)}"
-        ) from error
+        verdict = (
+            "its hash agrees with the one beside it"
+            if _hash_lines(path)
+            else "no hash stands beside it"
+        )
+        raise CheckpointError(f"{path} is damaged or no checkpoint; {verdict}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         found = content.get("format") if isinstance(content, dict) else type(content).__name__
         raise CheckpointError(f"{path} is no checkpoint of format {FORMAT}: found {found}")
@@ -133,13 +144,10 @@ def _hash_file(path: Path) -> Path:
     return path.with_name(path.name + ".sha256")
 
 
-def _hash_verdict(path: Path) -> str:
+def _hash_lines(path: Path) -> list[str]:
     beside = _hash_file(path)
-    if not beside.is_file():
-        return "no hash stands beside it"
-    same = beside.read_text().split()[:1] == [file_hash(path)]
-    return (
-        "its hash agrees with the one beside it"
-        if same
-        else "its hash differs from the one beside it"
-    )
+    return beside.read_text().splitlines(keepends=True) if beside.is_file() else []
+
+
+def _has_hash(path: Path) -> bool:
+    return file_hash(path) in [line.split()[0] for line in _hash_lines(path) if line.split()]

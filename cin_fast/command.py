@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import re
 import signal
 import sys
 import tempfile
@@ -14,20 +15,24 @@ from typing import Any
 
 import torch
 
+from cin_fast.distributed import ElsewhereError
+
+_STOPPED = re.compile(r"killed by signal: (Terminated|Interrupt)")
+
 
 def run(
     name: str,
     body: Callable[[], int],
     *,
     also: tuple[type[Exception], ...] = (),
-    interrupted: str = "stopped",
+    left: Callable[[], str] = lambda: "",
 ) -> int:
     """Run the command ``name``; returns its code: 2 after an error, 130 where it was stopped.
 
     Args:
         body: the command; returns its code.
         also: errors that are the user's to see, beside those of values, files and imports.
-        interrupted: what to say after SIGINT or SIGTERM.
+        left: what to say of what is there after the command was stopped, or its machine gave out.
     """
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _interrupt)
@@ -35,14 +40,19 @@ def run(
     try:
         return body()
     except KeyboardInterrupt:
-        return fail(name, interrupted, code=130)
+        return fail(name, _and("stopped", left()), code=130)
+    except ElsewhereError:
+        return 2
     except named as error:
         return fail(name, _message(error))
     except (MemoryError, RuntimeError) as error:
+        # A signal to the whole group ends the processes that load images, too.
+        if "DataLoader worker" in str(error) and _STOPPED.search(str(error)):
+            return fail(name, _and("stopped", left()), code=130)
         known = _resource(error)
         if not known:
             raise
-        return fail(name, known)
+        return fail(name, _and(known, left()))
 
 
 @contextlib.contextmanager
@@ -129,15 +139,19 @@ def _message(error: Exception) -> str:
 def _resource(error: Exception) -> str:
     """What to say where the machine gave out; empty for any other error."""
     text = (str(error) or "out of memory").splitlines()[0]
-    if "DataLoader worker" in text:
+    if "DataLoader worker" in text and "Caught" not in text:
         return (
             f"a process that loads images died ({text}); out of memory is the usual cause: try "
-            "fewer --workers. Finished epochs are kept: --resume goes on"
+            "fewer --workers"
         )
     exhausted = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-    if exhausted or "can't allocate memory" in text:
+    if exhausted or "can't allocate memory" in str(error):
         return f"out of memory ({text}); try a smaller --image-size or batch"
     return ""
+
+
+def _and(what: str, left: str) -> str:
+    return f"{what}; {left}" if left else what
 
 
 def _interrupt(*_: object) -> None:

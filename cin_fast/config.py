@@ -8,6 +8,7 @@ import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -105,6 +106,9 @@ class TrainConfig:
             "lr_step", "eval_every", "eval_batch_size",
         ):  # fmt: skip
             self._require(name, getattr(self, name) >= 1, "at least 1")
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            self._require(field.name, not isinstance(value, float) or isfinite(value), "a number")
         for name in ("workers", "weight_decay", "clip_norm", "alpha"):
             self._require(name, getattr(self, name) >= 0, "0 or more")
         for name in ("lr", "lr_decay", "margin"):
@@ -132,7 +136,7 @@ class TrainConfig:
     def output_folder(self) -> Path:
         """Where everything of the run goes."""
         name = f"{self.dataset}-{self.method}-{self.backbone}-s{self.seed}"
-        return Path(self.output) if self.output else Path("runs") / name
+        return Path(self.output).expanduser() if self.output else Path("runs") / name
 
     def describe(self) -> str:
         """Every setting, grouped, a line each."""

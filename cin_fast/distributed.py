@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -51,6 +51,31 @@ def join(device: str) -> Iterator[World]:
         yield world
     finally:
         dist.destroy_process_group()
+
+
+class ElsewhereError(ValueError):
+    """What another process has found and said."""
+
+
+def on_main(world: World, action: Callable[[], None]) -> None:
+    """Run ``action`` on the main process; what it finds stops all of them.
+
+    Raises:
+        ValueError: on the main process, what ``action`` raised; ElsewhereError on the others.
+    """
+    problem: list[ValueError | None] = [None]
+    if world.main:
+        try:
+            action()
+        except ValueError as error:
+            problem = [error]
+    if world.size > 1:
+        stopped = [problem[0] is not None]
+        dist.broadcast_object_list(stopped, src=0)
+        if stopped[0] and not world.main:
+            raise ElsewhereError("the main process says why")
+    if problem[0] is not None:
+        raise problem[0]
 
 
 def pick_device(name: str, world: World = ALONE) -> torch.device:

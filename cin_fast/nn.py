@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from cin_fast import reference
 from cin_fast.arguments import check_partner
@@ -85,6 +86,7 @@ class SCI(nn.Module):
     def pooled(self, x: Tensor) -> PooledSCI:
         """Spatial means of Z and Y, equal to those of the dense form."""
         _check_map(x, self.phi.in_channels)
+        _check_weight(self.phi)
         v_BC9 = tap_means(x, backend=self.backend)
         y_BC9 = sci(x, v_BC9, scale=self.scale, backend=self.backend)
         z_BC = mean_of_conv(self.phi, y_BC9, self.backend) + v_BC9[..., _CENTRE_TAP]
@@ -162,6 +164,7 @@ class CCI(nn.Module):
             sci_means: what :meth:`SCI.pooled` gave for the same maps, where it is known already.
         """
         _check_map(x, self.phi.in_channels)
+        _check_weight(self.phi)
         if sci_means is None:
             v_BC9 = tap_means(x, backend=self.backend)
             y_BC1 = sci(x, v_BC9[..., _CENTRE_TAP, None], scale=self.scale, backend=self.backend)
@@ -184,6 +187,7 @@ class CCI(nn.Module):
             partner: int64 (B,), an involution.
         """
         _check_map(x, self.phi.in_channels)
+        _check_weight(self.phi)
         v_BC9 = tap_means(x, backend=self.backend)
         y_BC9, y_pair_BC9 = pair_columns(
             x,
@@ -210,6 +214,7 @@ class ChannelAttention(nn.Module):
     for its ``CAM_Module`` that needs no C x C matrix.
 
     Args:
+        in_dim: channels of the maps, as ``CAM_Module`` takes them; None for any.
         scale: -1 as in DANet.
         backend: passed to :func:`cin_fast.sci`.
 
@@ -217,15 +222,18 @@ class ChannelAttention(nn.Module):
         ValueError: at the call, naming the argument and what was found.
     """
 
-    def __init__(self, scale: float = -1.0, backend: str | None = None) -> None:
+    def __init__(
+        self, in_dim: int | None = None, *, scale: float = -1.0, backend: str | None = None
+    ) -> None:
         super().__init__()
+        self.in_dim = in_dim
         self.scale = scale
         self.backend = backend
         self.gamma = nn.Parameter(torch.zeros(1))
 
     def forward(self, x: Tensor) -> Tensor:
         """A map of x's shape, (B, C, H, W)."""
-        _check_map(x)
+        _check_map(x, self.in_dim)
         return self.gamma * sci(x, scale=self.scale, backend=self.backend) + x
 
     def extra_repr(self) -> str:
@@ -241,6 +249,16 @@ def _check_phi(phi: nn.Conv2d, channels: int) -> None:
     plain = phi.groups == 1 and phi.padding_mode == "zeros"
     if not plain or tuple(getattr(phi, name) for name in names) != expected:
         raise ValueError(f"phi: expected Conv2d({channels}, {channels}, 3, padding=1), found {phi}")
+
+
+def _check_weight(phi: nn.Conv2d) -> None:
+    # The pooled form reads the weight and never calls phi. The older ways of making a weight do so
+    # in a hook of that call; a weight of torch.nn.utils.parametrize is made when it is read.
+    if phi._forward_pre_hooks and "weight" not in phi._parameters and not is_parametrized(phi):
+        raise ValueError(
+            "phi: its weight is made by a hook (weight_norm, spectral_norm, prune), which the "
+            "pooled form does not run: take torch.nn.utils.parametrizations, or the dense form"
+        )
 
 
 def _check_means(name: str, y_BC: Tensor, x: Tensor) -> None:

@@ -106,15 +106,21 @@ class RunFolder:
 
     def forget_after(self, epoch: int) -> None:
         """Drop lines of epochs that the checkpoint does not hold (a kill came between the two)."""
-        lines = self.path / METRICS_LINES
-        if lines.exists():
-            kept = [line for line in lines.read_text().splitlines() if _epoch_of(line) <= epoch]
-            write_text(lines, "".join(line + "\n" for line in kept))
+        if (self.path / METRICS_LINES).exists():
+            self._write_lines(self._lines_until(epoch))
 
-    def append(self, metrics: Mapping[str, Any]) -> None:
-        """Add a line to metrics.jsonl."""
-        with open(self.path / METRICS_LINES, "a") as file:
-            file.write(json.dumps(metrics) + "\n")
+    def record(self, metrics: Mapping[str, Any]) -> None:
+        """Write an epoch's line of metrics.jsonl, in the place of one that it has."""
+        lines = self._lines_until(metrics["epoch"] - 1)
+        self._write_lines([*lines, json.dumps(metrics)])
+
+    def _lines_until(self, epoch: int) -> list[str]:
+        path = self.path / METRICS_LINES
+        lines = path.read_text().splitlines() if path.exists() else []
+        return [line for line in lines if _epoch_of(line) <= epoch]
+
+    def _write_lines(self, lines: list[str]) -> None:
+        write_text(self.path / METRICS_LINES, "".join(line + "\n" for line in lines))
 
     @contextlib.contextmanager
     def curves(self, *, active: bool) -> Iterator[Callable[[Mapping[str, Any]], None]]:
@@ -125,13 +131,15 @@ class RunFolder:
         # Its import takes a second.
         from torch.utils.tensorboard import SummaryWriter
 
-        # It hands what is drawn to a thread, and waits for that forever if an interrupt leaves
-        # the queue between them locked.
-        with uninterrupted():
-            writer = SummaryWriter(str(self.path / CURVES))
+        writer: SummaryWriter | None = None
 
+        # Opened when there is something to draw, as an earlier run's curves may stand there until
+        # then. It hands what is drawn to a thread, and waits for that forever if an interrupt
+        # leaves the queue between them locked.
         def draw(metrics: Mapping[str, Any]) -> None:
+            nonlocal writer
             with uninterrupted():
+                writer = writer or SummaryWriter(str(self.path / CURVES))
                 for name, value in metrics.items():
                     if name != "epoch":
                         writer.add_scalar(name, value, metrics["epoch"])
@@ -141,7 +149,8 @@ class RunFolder:
             yield draw
         finally:
             with uninterrupted():
-                writer.close()
+                if writer is not None:
+                    writer.close()
 
     def finish(self, metrics: Mapping[str, Any]) -> None:
         """Write metrics.json."""

@@ -387,7 +387,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "cin-fast-reproduce",
         body,
         also=(TrainingError,),
-        interrupted="stopped; the same command goes on",
+        left=lambda: "the same command goes on",
     )
 
 

@@ -51,7 +51,11 @@ def score(
     device: torch.device,
     autocast: AbstractContextManager[object],
 ) -> Scores:
-    """Run ``model`` in evaluation mode over this process's batches; counts span all processes."""
+    """Run ``model`` in evaluation mode over this process's batches; counts span all processes.
+
+    Raises:
+        ValueError: if the model gives numbers that are not finite.
+    """
     # Here, as its import takes a second that a command with a wrong argument need not wait for.
     from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
@@ -60,15 +64,19 @@ def score(
     # Their sums are over all processes.
     confusion = MulticlassConfusionMatrix(num_classes).to(device)
     top5 = MulticlassAccuracy(num_classes, top_k=min(5, num_classes), average="micro").to(device)
+    finite = torch.ones((), dtype=torch.bool, device=device)
     start = time.perf_counter()
     for images, labels in batches:
         labels = labels.to(device, non_blocking=True)
         with autocast:
             logits = model(images.to(device, non_blocking=True)).float()
+        finite &= logits.isfinite().all()
         confusion.update(logits, labels)
         top5.update(logits, labels)
     counts = confusion.compute().cpu()
     share = float(top5.compute())
     seconds = time.perf_counter() - start
     model.train(was_training)
+    if not bool(finite):
+        raise ValueError("the model's logits are not finite: its training diverged")
     return Scores(counts, share, int(counts.sum()), seconds)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from cin_fast import command
 from cin_fast import config as configs
 from cin_fast.config import TrainConfig
-from cin_fast.distributed import join
+from cin_fast.distributed import join, world_of_process
+from cin_fast.records import RunFolder
 from cin_fast.trainer import Trainer, TrainingError
 
 __all__ = ["Trainer", "TrainingError", "main", "train"]
@@ -31,21 +33,27 @@ def train(config: TrainConfig) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; prints errors as one line and returns 2 for them."""
 
+    checkpoint = Path()
+
     def body() -> int:
-        metrics = train(configs.parse(argv))
-        print(
-            f"test top-1 {metrics['test_top1']:.2%}, top-5 {metrics['test_top5']:.2%} "
-            f"(chance {metrics['chance_top1']:.2%}) after {metrics['epochs']} epochs in "
-            f"{metrics['seconds']:.0f} s"
-        )
+        nonlocal checkpoint
+        config = configs.parse(argv)
+        checkpoint = RunFolder(config.output_folder).checkpoint
+        metrics = train(config)
+        if world_of_process().main:
+            print(
+                f"test top-1 {metrics['test_top1']:.2%}, top-5 {metrics['test_top5']:.2%} "
+                f"(chance {metrics['chance_top1']:.2%}) after {metrics['epochs']} epochs in "
+                f"{metrics['seconds']:.0f} s"
+            )
         return 0
 
-    return command.run(
-        "cin-fast-train",
-        body,
-        also=(TrainingError,),
-        interrupted="stopped; finished epochs are kept: --resume goes on",
-    )
+    def left() -> str:
+        if checkpoint.is_file():
+            return "finished epochs are kept: --resume goes on"
+        return "no epoch was finished"
+
+    return command.run("cin-fast-train", body, also=(TrainingError,), left=left)
 
 
 if __name__ == "__main__":

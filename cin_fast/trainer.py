@@ -17,12 +17,12 @@ from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from cin_fast import checkpoint as checkpoints
-from cin_fast import cost, dispatch
+from cin_fast import cost, ops
 from cin_fast.checkpoint import Checkpoint, CheckpointError
 from cin_fast.config import INDIFFERENT, TrainConfig
 from cin_fast.data import ClassBalancedPairSampler, ImageDataset, build_dataset
 from cin_fast.data.seeded import SeededBatches, SeededImages
-from cin_fast.distributed import World, pick_device
+from cin_fast.distributed import World, on_main, pick_device
 from cin_fast.models import Classifier, build_model
 from cin_fast.models.backbones import check_image_size
 from cin_fast.progress import EpochTotals, epoch_line
@@ -30,7 +30,7 @@ from cin_fast.records import RunFolder
 from cin_fast.scores import Scores, score
 
 # A resumed run may change these besides: its weights are there already, and its end is not.
-_FREE_ON_RESUME = INDIFFERENT | {"epochs", "weights", "eval_every", "backend"}
+_FREE_ON_RESUME = INDIFFERENT | {"epochs", "weights", "eval_every", "backend", "skip_bad_images"}
 _PROFILED_STEPS = 5
 
 
@@ -50,11 +50,11 @@ class Trainer:
         self.world = world
         self.device = pick_device(config.device, world)
         check_image_size(config.backbone, config.image_size)
-        if config.model_backend:
-            dispatch.require(torch.empty(0, device=self.device), config.model_backend)
+        ops.pick_backend(torch.empty(0, device=self.device), config.model_backend)
         self.folder = RunFolder(config.output_folder)
-        if world.main:
-            self.folder.open(resume=config.resume, overwrite=config.overwrite)
+        on_main(world, lambda: self.folder.open(resume=config.resume, overwrite=config.overwrite))
+        # Until there is something in its place, an earlier run stays.
+        self.replaces = self.folder.checkpoint.exists() and not config.resume
         resumed = checkpoints.load(self.folder.checkpoint) if config.resume else None
 
         self.train_images = _dataset(config, train=True)
@@ -91,17 +91,18 @@ class Trainer:
         self.history = {"best_test_top1": 0.0, "seconds": 0.0}
         if resumed is not None:
             self._restore(resumed)
-        if world.main and self.epoch < config.epochs:
-            self.folder.check_space(self._checkpoint_bytes())
+        if self.epoch < config.epochs:
+            on_main(world, lambda: self.folder.check_space(self._checkpoint_bytes()))
         self.parallel = self._parallel()
 
     def run(self) -> dict[str, Any]:
         """Train to the last epoch; returns what metrics.json holds."""
         if self.world.main:
-            if not self.config.resume:
-                self.folder.clear()
-            self.folder.describe(self.config)
-            self.folder.forget_after(self.epoch)
+            if not self.replaces:
+                if not self.config.resume:
+                    self.folder.clear()
+                self.folder.describe(self.config)
+                self.folder.forget_after(self.epoch)
             print(self.describe(), flush=True)
         train_loader, test_loader = self._train_loader(), self._test_loader()
         metrics: dict[str, Any] = {}
@@ -109,8 +110,6 @@ class Trainer:
             while self.epoch < self.config.epochs:
                 metrics = self.one_epoch(train_loader, test_loader)
                 if self.world.main:
-                    self.save()
-                    self.folder.append(metrics)
                     draw(metrics)
                     print(epoch_line(metrics, self.config.epochs), flush=True)
         if not metrics:
@@ -120,8 +119,8 @@ class Trainer:
     def one_epoch(
         self, train_loader: DataLoader[Any], test_loader: DataLoader[Any]
     ) -> dict[str, Any]:
-        """Train an epoch, and test where one is due; returns its line of metrics.jsonl."""
-        start = time.perf_counter()
+        """Train an epoch, keep it, test where that is due; returns its line of metrics.jsonl."""
+        start, before = time.perf_counter(), self.history["seconds"]
         lr = self.schedule.get_last_lr()[0]
         trained = self.train_epoch(train_loader)
         speed = trained["images"] / (time.perf_counter() - start)
@@ -129,11 +128,29 @@ class Trainer:
         self.epoch += 1
         metrics: dict[str, Any] = {"epoch": self.epoch, "lr": lr, **trained}
         metrics["images_per_second"] = speed
+
+        def keep() -> None:
+            metrics["seconds"] = time.perf_counter() - start
+            self.history["seconds"] = before + metrics["seconds"]
+            if self.world.main:
+                self.keep(metrics)
+
+        # Before the test, too: one that fails costs no epoch.
+        keep()
         if self.epoch % self.config.eval_every == 0 or self.epoch == self.config.epochs:
             metrics |= self._tested(test_loader)
-        metrics["seconds"] = time.perf_counter() - start
-        self.history["seconds"] += metrics["seconds"]
+            keep()
         return metrics
+
+    def keep(self, metrics: Mapping[str, Any]) -> None:
+        """Write an epoch's line and last.pt; the first of a run takes an earlier one's place."""
+        if self.replaces:
+            self.folder.clear()
+            self.folder.describe(self.config)
+            self.replaces = False
+        # The line first: one that last.pt does not know is dropped when the run goes on.
+        self.folder.record(metrics)
+        self.save()
 
     def train_epoch(self, loader: DataLoader[Any]) -> dict[str, float]:
         """One pass over the training set."""
@@ -155,6 +172,7 @@ class Trainer:
                     bar.set_postfix_str(str(totals))
                 profiled()
         self._check_finite(pending)
+        self._check_model(images)
         return totals.means()
 
     def _step(self, images: Tensor, labels: Tensor, totals: EpochTotals) -> Tensor:
@@ -183,7 +201,8 @@ class Trainer:
 
     def test(self, loader: DataLoader[Any]) -> Scores:
         """Scores over the whole test set, shared by all processes."""
-        return score(self.model, loader, len(self.classes), self.device, self._autocast())
+        bar = tqdm(loader, "testing", unit="batch", leave=False, disable=not self.world.main)
+        return score(self.model, bar, len(self.classes), self.device, self._autocast())
 
     def save(self) -> None:
         """Write last.pt."""
@@ -339,12 +358,28 @@ class Trainer:
         if pending is None or math.isfinite(pending[0].item()):
             return
         names = "\n  ".join(self.train_images.name(i) for i in pending[1].tolist())
+        raise TrainingError(
+            f"the loss became {pending[0].item()} in epoch {self.epoch + 1}; {self._cure()}; "
+            f"the batch was:\n  {names}"
+        )
+
+    @torch.no_grad()
+    def _check_model(self, images: Tensor) -> None:
+        # What the last step of an epoch did shows in no loss, and would be kept.
+        self.model.eval()
+        with self._autocast():
+            logits = self.model(images.to(self.device, memory_format=self.memory_format))
+        if not bool(logits.isfinite().all()):
+            raise TrainingError(
+                f"the model's logits are not finite after epoch {self.epoch + 1}; {self._cure()}"
+            )
+
+    def _cure(self) -> str:
         kept = self.folder.checkpoint
         left = f"{kept} holds the epoch before" if kept.exists() else "there is no checkpoint yet"
-        raise TrainingError(
-            f"the loss became {pending[0].item()} in epoch {self.epoch + 1}; a lower --lr or a "
-            f"--clip-norm is the usual cure; {left}; the batch was:\n  {names}"
-        )
+        if self.replaces:
+            left = f"the run that {self.folder.path} held is intact"
+        return f"a lower --lr or a --clip-norm is the usual cure; {left}"
 
     @contextlib.contextmanager
     def _profiler(self) -> Iterator[Callable[[], None]]:

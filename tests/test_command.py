@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 from cin_fast import command, demo
 from cin_fast.config import TrainConfig
 from cin_fast.data.cli import main as data
+from cin_fast.distributed import ElsewhereError
 from cin_fast.evaluate import main as evaluate
 from cin_fast.export import main as export
 from cin_fast.predict import main as predict
@@ -54,7 +55,27 @@ def test_an_error_is_one_line(capsys, error, message):
 
 
 def test_a_stop_says_how_to_go_on(capsys):
-    assert outcome(capsys, KeyboardInterrupt(), interrupted="go on with x") == (130, "go on with x")
+    line = outcome(capsys, KeyboardInterrupt(), left=lambda: "go on with x")
+    assert line == (130, "stopped; go on with x")
+
+
+def test_a_signal_to_the_whole_group_is_a_stop(capsys):
+    error = RuntimeError("DataLoader worker (pid 7) is killed by signal: Terminated. ")
+    assert outcome(capsys, error) == (130, "stopped")
+
+
+def test_what_another_process_says_is_not_said_again(capsys):
+    def body():
+        raise ElsewhereError("the main process says why")
+
+    assert command.run("cin-fast-x", body) == 2
+    assert capsys.readouterr().err == ""
+
+
+def test_a_data_workers_own_error_is_no_lack_of_memory():
+    error = RuntimeError("Caught RuntimeError in DataLoader worker process 0.\nTraceback: a bug")
+    with pytest.raises(RuntimeError, match="a bug"):
+        command.run("cin-fast-x", lambda: (_ for _ in ()).throw(error))
 
 
 def test_sigterm_is_a_stop(capsys):

@@ -66,6 +66,7 @@ def test_help_names_every_option(capsys):
     ("change", "message"),
     [
         ({"lr": 0.0}, "--lr: expected above 0, found 0.0"),
+        ({"lr": float("inf")}, "--lr: expected a number, found inf"),
         ({"epochs": 0}, "--epochs: expected at least 1"),
         ({"momentum": 1.0}, "--momentum"),
         ({"method": "nts"}, "--method: expected one of .*cin.*found 'nts'"),

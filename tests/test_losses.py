@@ -75,6 +75,14 @@ def test_an_image_without_partner_is_in_no_pair():
     assert alone == 0
 
 
+def test_what_is_no_number_stays_none():
+    embeddings = torch.ones(2, 3)
+    embeddings[0, 0] = float("nan")
+    for labels in ([0, 0], [0, 1]):
+        loss = contrastive_loss(embeddings, torch.tensor(labels), torch.tensor([1, 0]))
+        assert loss.isnan()
+
+
 def test_pair_counts():
     assert pair_counts(torch.tensor([0, 0, 1, 2, 4]), torch.tensor([1, 0, 3, 2, 4])) == (1, 1)
 

@@ -2,10 +2,12 @@
 
 import copy
 import pickle
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 import cin_fast
 from cin_fast.nn import CCI, SCI, ChannelAttention, mean_of_conv
@@ -199,11 +201,29 @@ def test_cci_accepts_what_sci_has_computed():
     torch.testing.assert_close(cci(x, partner, means.y_BC), cci(x, partner))
 
 
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_pair_exports_for_any_batch(strict):
+    class Pairs(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.cci = CCI(6)
+
+        def forward(self, x, partner):
+            return tuple(self.cci.pooled_pair(x, partner))
+
+    module, batch = Pairs(), torch.export.Dim("batch", min=1, max=64)
+    inputs = (make_map(3, 4), torch.tensor([1, 0, 3, 2]))
+    shapes = ({0: batch}, {0: batch})
+    program = torch.export.export(module, inputs, dynamic_shapes=shapes, strict=strict)
+    other = (make_map(3, 4, batch=6), torch.tensor([1, 0, 3, 2, 5, 4]))
+    torch.testing.assert_close(program.module()(*other), module(*other))
+
+
 def test_channel_attention_is_danets():
     class CamModule(nn.Module):
         """DANet's own arithmetic."""
 
-        def __init__(self):
+        def __init__(self, in_dim):
             super().__init__()
             self.gamma = nn.Parameter(torch.zeros(1))
 
@@ -213,12 +233,46 @@ def test_channel_attention_is_danets():
             energy = energy.max(-1, keepdim=True)[0].expand_as(energy) - energy
             return self.gamma * (torch.softmax(energy, -1) @ query).view_as(x) + x
 
-    ours, danets, x = ChannelAttention(), CamModule(), make_map(5, 4)
+    ours, danets, x = ChannelAttention(6), CamModule(6), make_map(5, 4)
     assert torch.equal(ours(x), x)
     danets.load_state_dict(ours.state_dict())
     for module in (ours, danets):
         nn.init.constant_(module.gamma, 0.7)
     torch.testing.assert_close(ours(x), danets(x))
+
+
+def test_channel_attention_takes_maps_of_its_channels_alone():
+    with pytest.raises(ValueError, match="x: expected 512 channels, found 6"):
+        ChannelAttention(512)(make_map(5, 4))
+
+
+@pytest.mark.parametrize(
+    "make_weight",
+    [
+        nn.utils.weight_norm,
+        nn.utils.spectral_norm,
+        lambda phi: prune.l1_unstructured(phi, "weight", amount=0.5),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated")
+def test_pooled_refuses_a_weight_that_a_hook_makes(make_weight):
+    sci = SCI(6)
+    make_weight(sci.phi)
+    cci, x, partner = CCI(6, phi=sci.phi), make_map(4, 5), torch.tensor([1, 0, 3, 2])
+    for call in (
+        sci.pooled,
+        partial(cci.pooled, partner=partner),
+        partial(cci.pooled_pair, partner=partner),
+    ):
+        with pytest.raises(ValueError, match="phi: its weight is made by a hook"):
+            call(x)
+    assert sci(x).isfinite().all()
+
+
+def test_pooled_takes_a_parametrized_weight():
+    sci, x = SCI(6), make_map(4, 5)
+    nn.utils.parametrizations.weight_norm(sci.phi)
+    torch.testing.assert_close(sci.pooled(x).z_BC, sci(x).mean((2, 3)))
 
 
 def test_in_somebody_elses_network():

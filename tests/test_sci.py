@@ -271,3 +271,28 @@ def test_autocast_does_not_mix_float64(wide):
         pytest.raises(ValueError, match="v: expected x's dtype"),
     ):
         cin_fast.sci(x, v)
+
+
+@pytest.mark.parametrize("backend", ["reference", "matmul"])
+def test_a_result_that_no_gradient_needs_may_be_changed(backend):
+    x = make_input("diffuse", (2, 6, 5)).requires_grad_()
+    y = cin_fast.sci(x, backend=backend)
+    dy = (y > 0).float()
+    (expected,) = torch.autograd.grad(cin_fast.sci(x), x, dy)
+    y.relu_()
+    (found,) = torch.autograd.grad(y.sum(), x)
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"v": torch.zeros(2, 5, 3).to_sparse()}, "v: expected a dense tensor"),
+        ({"scale": 10**400}, "scale: expected a number"),
+        ({"scale": "-1"}, "scale: expected a number"),
+        ({"scale": torch.ones((), device="meta")}, "scale: expected a number"),
+    ],
+)
+def test_what_is_no_tensor_or_number_for_it_is_named(change, message):
+    with pytest.raises(ValueError, match=message):
+        cin_fast.sci(torch.zeros(2, 5, 4), **change)

@@ -1,5 +1,6 @@
 """cin-fast-train as a user meets it: a run, its folder, resuming, and what it refuses."""
 
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -134,7 +135,8 @@ def test_a_killed_run_goes_on_to_the_same_bits(images, four_epochs, tmp_path, st
     )
     lines = tmp_path / "metrics.jsonl"
     deadline = time.monotonic() + 120
-    while not lines.exists() or len(lines.read_text().splitlines()) < moment:
+    last = tmp_path / "last.pt"
+    while not last.exists() or len(lines.read_text().splitlines()) < moment:
         assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -239,8 +241,7 @@ def test_resume_refuses_other_settings_and_broken_files(images, tmp_path, capsys
     for kept in (len(whole) - 1000, 20_000):
         path.write_bytes(whole[:kept])
         error = refusal(capsys, [*argv, "--resume"])
-        assert "is damaged" in error
-        assert "hash differs" in error
+        assert "is damaged: its hash is not the one" in error
 
 
 def test_an_unwritable_output_is_refused(images, tmp_path, capsys):
@@ -255,6 +256,102 @@ def test_a_loss_that_is_no_number_stops_with_the_files(images, tmp_path, capsys)
     assert code == 2
     assert "the loss became" in error
     assert str(images / "train") in error
+
+
+def test_a_divergence_in_the_last_step_stops_before_it_is_kept(images, tmp_path, capsys):
+    # One step an epoch: no loss is computed after it.
+    sizes = {"classes_per_batch": 3, "images_per_class": 8}
+    assert main(arguments(images, tmp_path, epochs=1, lr=1e38, **sizes)) == 2
+    error = capsys.readouterr().err
+    assert "the model's logits are not finite after epoch 1" in error
+    assert "there is no checkpoint yet" in error
+
+
+def test_what_is_replaced_stays_until_an_epoch_is_finished(images, tmp_path, monkeypatch, capsys):
+    assert main(arguments(images, tmp_path, epochs=1)) == 0
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "_step", stopped)
+        assert main([*arguments(images, tmp_path, epochs=1, seed=1), "--overwrite"]) == 130
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert main([*arguments(images, tmp_path, epochs=2, seed=1), "--overwrite"]) == 0
+    assert checkpoints.load(tmp_path / "last.pt").settings["seed"] == 1
+    assert json.loads((tmp_path / "settings.json").read_text())["seed"] == 1
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+    assert len(list((tmp_path / "tensorboard").iterdir())) == 1
+
+
+def test_a_test_that_fails_costs_no_epoch(images, tmp_path, monkeypatch, capsys):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train(configs.parse(arguments(images, whole, epochs=2)))
+
+    def broken(*_):
+        raise ValueError("a.jpg is truncated; --skip-bad-images leaves it out")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "test", broken)
+        assert main(arguments(images, parts, epochs=2)) == 2
+    assert checkpoints.load(parts / "last.pt").epoch == 1
+    assert main(["--output", str(parts), "--resume", "--skip-bad-images"]) == 0
+    assert same(weights(parts), weights(whole))
+    lines = [json.loads(s) for s in (parts / "metrics.jsonl").read_text().splitlines()]
+    assert ["test_top1" in line for line in lines] == [False, True]
+
+
+def test_a_kill_between_line_and_checkpoint_leaves_one_line_an_epoch(images, tmp_path, monkeypatch):
+    save = Trainer.save
+
+    def killed(trainer):
+        if trainer.epoch == 2:
+            raise KeyboardInterrupt
+        save(trainer)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "save", killed)
+        assert main(arguments(images, tmp_path, epochs=3)) == 130
+    assert main(["--output", str(tmp_path), "--resume"]) == 0
+    lines = [json.loads(s) for s in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [1, 2, 3]
+    assert all("test_top1" in line for line in lines)
+
+
+def test_a_checkpoint_that_is_not_its_hashs_is_refused(four_epochs, tmp_path):
+    for name in ("last.pt", "last.pt.sha256"):
+        shutil.copy(four_epochs / name, tmp_path / name)
+    path = tmp_path / "last.pt"
+    damaged = bytearray(path.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    path.write_bytes(damaged)
+    with pytest.raises(checkpoints.CheckpointError, match=r"is damaged: its hash is not the one"):
+        checkpoints.load(path)
+    (tmp_path / "last.pt.sha256").unlink()
+    assert checkpoints.load(path).epoch == 4
+
+
+def test_a_kill_between_checkpoint_and_hash_leaves_both_right(four_epochs, tmp_path, monkeypatch):
+    path = tmp_path / "last.pt"
+    one = checkpoints.load(four_epochs / "last.pt")
+    checkpoints.save(path, one)
+    replace = os.replace
+    for renamed in (1, 2):
+        done = []
+
+        def until(source, target, renamed=renamed, done=done):
+            if len(done) == renamed:
+                raise KeyboardInterrupt
+            done.append(target)
+            replace(source, target)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "replace", until)
+            with pytest.raises(KeyboardInterrupt):
+                checkpoints.save(path, dataclasses.replace(one, epoch=renamed + 4))
+        # The hash comes first, and names both; then the checkpoint.
+        assert checkpoints.load(path).epoch == (4 if renamed == 1 else 6)
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(images, tmp_path, capsys, monkeypatch):
