@@ -12,8 +12,16 @@ _checkout = _Path(__file__).resolve().parent.parent
 if (_checkout / "kernels" / "__init__.py").exists() and (_checkout / "setup.py").exists():
     __path__.append(str(_checkout))
 
-from cin_fast.ops import cci, empty_cache, sci, sci_weights, tap_means
+from cin_fast.ops import cci, empty_cache, load_backends, sci, sci_weights, tap_means
 
 __version__ = "0.1.0"
 
-__all__ = ["__version__", "cci", "empty_cache", "sci", "sci_weights", "tap_means"]
+__all__ = [
+    "__version__",
+    "cci",
+    "empty_cache",
+    "load_backends",
+    "sci",
+    "sci_weights",
+    "tap_means",
+]

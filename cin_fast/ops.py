@@ -178,6 +178,15 @@ def empty_cache() -> int:
     return 0 if dispatch.unavailable("cpu") else torch.ops.cin_fast.cpu_release_kept()
 
 
+def load_backends() -> dict[str, str]:
+    """Load every backend that runs on this machine; returns why not by name, empty for those.
+
+    Calls of :func:`sci` and the like load what they need. A program that ``torch.export`` made
+    names a backend's operators and does not, so the process that runs it calls this first.
+    """
+    return {name: dispatch.unavailable(name) for name in dispatch.BACKENDS}
+
+
 def _has_values(backend: str, stem: str, *tensors: Tensor | None) -> bool:
     """Whether there is an operator for values alone, and they are all that is asked for."""
     if f"{stem}_values" not in schemas.COMPILED.get(backend, {}):

@@ -134,6 +134,27 @@ def test_what_rounding_took_off_y_is_needed(dtype: torch.dtype) -> None:
         assert (not problem) == is_right, problem
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("spread", [0.0, 0.01])
+def test_where_the_rows_of_v_agree_the_gradient_vanishes(dtype: torch.dtype, spread: float) -> None:
+    """y is then a row of v only if weights rounded for the product are divided by their own sum."""
+    for shape in ((2, 128, 196), (2, 300, 49)):
+        x = make_input("relu", shape, dtype)
+        v, dy = (make_input("randn", (*shape[:2], 9), dtype, seed=seed) for seed in (1, 2))
+        check_sci("cpu", x, 1 + spread * v, dy)
+
+
+def test_where_the_largest_weights_stand_is_checked() -> None:
+    """What a saved tensor comes back as is not ours to say: nothing beyond x may be read."""
+    x = make_input("diffuse", (2, 40, 6))
+    y, _, row_sum, rest = torch.ops.cin_fast.cpu_sci(x, None, -1.0)
+    for where in (1e12, -3.0, NAN):
+        dx, _ = torch.ops.cin_fast.cpu_sci_backward(
+            y, x, None, y, torch.full((2, 40), where), row_sum, rest, -1.0
+        )
+        assert dx.shape == x.shape
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
 @pytest.mark.parametrize("k", [None, 9])

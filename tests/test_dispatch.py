@@ -3,8 +3,10 @@
 import errno
 import io
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -160,3 +162,26 @@ def test_an_extension_without_a_kernel_is_refused(cpu_extension, monkeypatch):
     monkeypatch.setattr(dispatch, "_build_record", lambda: record)
     with pytest.warns(UserWarning, match="_cpu holds no later: build again"):
         dispatch._load_extension("cpu")
+
+
+def test_an_exported_program_runs_where_backends_are_loaded(cpu_extension, tmp_path):
+    class Interaction(torch.nn.Module):
+        def forward(self, x):
+            return cin_fast.sci(x)
+
+    x = torch.randn(2, 5, 6)
+    torch.export.save(torch.export.export(Interaction(), (x,)), tmp_path / "program.pt2")
+    torch.save(x, tmp_path / "x.pt")
+    lines = (
+        "import torch, cin_fast",
+        "assert not cin_fast.load_backends()['cpu']",
+        "program = torch.export.load('program.pt2').module()",
+        "torch.save(program(torch.load('x.pt')), 'y.pt')",
+    )
+    path = str(Path(cin_fast.__file__).parent.parent)
+    done = subprocess.run(
+        [sys.executable, "-c", "\n".join(lines)],
+        cwd=tmp_path, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert torch.equal(torch.load(tmp_path / "y.pt"), cin_fast.sci(x))

@@ -117,7 +117,7 @@ class Pairs {
     const int64_t row = blocks_.first(block), rows = blocks_.rows(block);
     for (float* array : {packed.argmax, packed.share, packed.share_rest})
       std::fill_n(array + row, blocks_.size, 0.0f);
-    std::copy_n(row_argmax + first + row, rows, packed.argmax + row);
+    copy_argmax(row_argmax + first + row, rows, shape_.channels, packed.argmax + row);
     reciprocals(row_sum + first + row, rows, packed.share + row, packed.share_rest + row);
     isa_.max_logits(packed.x_columns + row * x_slots_, isa_.at(x, first * shape_.depth),
                     packed.argmax + row, rows, shape_.depth, scale_, packed.max + row);

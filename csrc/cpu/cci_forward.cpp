@@ -86,11 +86,11 @@ class PairsForward : Pairs {
     isa_.scale_and_max(s, rows, cols, ld, scale_, tile.row_max, tile.col_max);
     isa_.merge_max(s, rows, cols, ld, false, tile.row_max, col, new_i, sums.max + row,
                    sums.argmax + row, sums.sum + row, tile.factor);
-    isa_.exponentials(s, rows, cols, ld, sums.max + row, nullptr, sums.sum + row);
+    isa_.exponentials(s, rows, cols, ld, sums.max + row, nullptr, sums.sum + row, nullptr);
     if (i == j) return;
     isa_.merge_max(s, rows, cols, ld, true, tile.col_max, row, new_j, sums.max + col,
                    sums.argmax + col, sums.sum + col, tile.factor);
-    isa_.mirrored_exponentials(s, rows, cols, ld, sums.max + col, nullptr, sums.sum + col);
+    isa_.mirrored_exponentials(s, rows, cols, ld, sums.max + col, nullptr, sums.sum + col, nullptr);
   }
 
   void shares(const Job& job, int64_t side, int64_t block) {

@@ -81,13 +81,13 @@ struct Kernels {
                     float* sum, float* factor);
   // Rows of acc times factor, where it is not 1.
   void (*rescale)(float* acc, int64_t rows, int64_t cols, int64_t ld, const float* factor);
-  // p = exp(s - row_max), a left side, added up over each row into row_sum; p may be s. Null p: not
-  // written.
+  // p = exp(s - row_max), a left side, added up over each row into row_sum, and as rounded for the
+  // product into rounded_sum; p may be s. Null p or rounded_sum: not written.
   void (*exponentials)(const float* s, int64_t rows, int64_t cols, int64_t ld, const float* row_max,
-                       float* p, float* row_sum);
+                       float* p, float* row_sum, float* rounded_sum);
   // The same by columns, for the mirrored tile: q = exp(s - col_max), a left side transposed.
   void (*mirrored_exponentials)(const float* s, int64_t rows, int64_t cols, int64_t ld,
-                                const float* col_max, float* q, float* col_sum);
+                                const float* col_max, float* q, float* col_sum, float* rounded_sum);
   // y = acc / sum, row by row (acc itself where sum is null), as elements. rest (unless null)
   // becomes what rounding to an element took off.
   void (*results)(const float* acc, int64_t ld, int64_t rows, int64_t cols, const float* sum,

@@ -66,16 +66,18 @@ inline void rescale(float* acc, int64_t rows, int64_t cols, int64_t ld, const fl
 }
 
 inline void exponentials(const float* s, int64_t rows, int64_t cols, int64_t ld,
-                         const float* row_max, float* p, float* row_sum) {
+                         const float* row_max, float* p, float* row_sum, float* rounded_sum) {
   for (int64_t r = 0; r < rows; r++) {
     const Vec m = splat(finite_or_zero(row_max[r]));
-    Vec sum = splat(0);
+    Vec sum = splat(0), of_rounded = splat(0);
     for (int64_t j = 0; j < cols; j += kWidth) {
       const Vec weight = exp(load(s + r * ld + j) - m);
       sum = sum + weight;
+      if (rounded_sum) of_rounded = of_rounded + rounded(weight);
       if (p) store_columns(p + r * ld, j, cols, weight);
     }
     row_sum[r] += sum_lanes(sum);
+    if (rounded_sum) rounded_sum[r] += sum_lanes(of_rounded);
   }
 }
 
@@ -84,10 +86,11 @@ inline void exponentials(const float* s, int64_t rows, int64_t cols, int64_t ld,
 constexpr int64_t kRowsOfSum = 16;
 
 inline void mirrored_exponentials(const float* s, int64_t rows, int64_t cols, int64_t ld,
-                                  const float* col_max, float* q, float* col_sum) {
+                                  const float* col_max, float* q, float* col_sum,
+                                  float* rounded_sum) {
   for (int64_t j = 0; j < cols; j += kWidth) {
     const Vec m = finite_or_zero(load(col_max + j));
-    Vec tile_sum = splat(0);
+    Vec tile_sum = splat(0), of_rounded = splat(0);
     for (int64_t first = 0; first < rows; first += kRowsOfSum) {
       const int64_t end = first + kRowsOfSum < rows ? first + kRowsOfSum : rows;
       Vec sum = splat(0);
@@ -96,12 +99,14 @@ inline void mirrored_exponentials(const float* s, int64_t rows, int64_t cols, in
         for (int64_t n = 0; n < kPack; n++) {
           weights[n] = r + n < end ? exp(load(s + (r + n) * ld + j) - m) : splat(0);
           sum = sum + weights[n];
+          if (rounded_sum) of_rounded = of_rounded + rounded(weights[n]);
         }
         if (q) store_rows(q + r * ld, j, weights);
       }
       tile_sum = tile_sum + sum;
     }
     store(col_sum + j, load(col_sum + j) + tile_sum);
+    if (rounded_sum) store(rounded_sum + j, load(rounded_sum + j) + of_rounded);
   }
 }
 

@@ -30,6 +30,9 @@ struct ForwardImage {
   float* max;
   float* argmax;
   float* sum;
+  // Of the weights as they are multiplied, in 16 bits: what acc is divided by. The same as sum
+  // where they are not rounded.
+  float* rounded_sum;
 };
 
 class Forward {
@@ -55,11 +58,14 @@ class Forward {
   void run() {
     const int64_t flights = images_in_flight(images_);
     const int64_t rows = blocks_.padded(), size = blocks_.size;
-    Scratch memory(flights * rows * (slots_ + 2 * width_ + 3));
-    for (int64_t n = 0; n < flights; n++)
-      flight_.push_back({memory.take(rows * slots_), memory.take(v_row(rows)),
-                         memory.take(rows * width_), memory.take(rows), memory.take(rows),
-                         memory.take(rows)});
+    Scratch memory(flights * rows * (slots_ + 2 * width_ + 4));
+    for (int64_t n = 0; n < flights; n++) {
+      ForwardImage image{memory.take(rows * slots_), memory.take(v_row(rows)),
+                         memory.take(rows * width_), memory.take(rows),
+                         memory.take(rows),          memory.take(rows)};
+      image.rounded_sum = is_rounded() ? memory.take(rows) : image.sum;
+      flight_.push_back(image);
+    }
     const int64_t threads = at::get_num_threads();
     Scratch tiles(threads * (2 * size * size + 4 * size));
     for (int64_t t = 0; t < threads; t++)
@@ -112,23 +118,38 @@ class Forward {
     isa_.merge_max(tile.s, rows, cols, ld, false, tile.row_max, col, new_i, image.max + row,
                    image.argmax + row, image.sum + row, tile.row_factor);
     if (!new_i) isa_.rescale(image.acc + row * width_, rows, width_, width_, tile.row_factor);
+    float* const rounded_i = rounded_sum(image, row, new_i, tile.row_factor);
     if (mirrored) {
       isa_.merge_max(tile.s, rows, cols, ld, true, tile.col_max, row, new_j, image.max + col,
                      image.argmax + col, image.sum + col, tile.col_factor);
       if (!new_j) isa_.rescale(image.acc + col * width_, cols, width_, width_, tile.col_factor);
-      isa_.mirrored_exponentials(tile.s, rows, cols, ld, image.max + col, tile.q, image.sum + col);
+      isa_.mirrored_exponentials(tile.s, rows, cols, ld, image.max + col, tile.q, image.sum + col,
+                                 rounded_sum(image, col, new_j, tile.col_factor));
       isa_.multiply_transposed(tile.q, isa_.pack * ld, image.v_rows + v_row(row), cols, cols_, rows,
                                image.acc + col * width_, width_, !new_j);
     }
-    isa_.exponentials(tile.s, rows, cols, ld, image.max + row, tile.s, image.sum + row);
+    isa_.exponentials(tile.s, rows, cols, ld, image.max + row, tile.s, image.sum + row, rounded_i);
     isa_.multiply(tile.s, ld, image.v_rows + v_row(col), rows, cols_, cols,
                   image.acc + row * width_, width_, !new_i);
+  }
+
+  // Elements of two: weights are rounded to them before they are multiplied.
+  bool is_rounded() const { return isa_.pack > 1; }
+
+  // A block's sums of rounded weights, shrunk as acc is, for more of them; null where there are
+  // none beside the sums.
+  float* rounded_sum(const ForwardImage& image, int64_t row, bool first,
+                     const float* factor) const {
+    if (!is_rounded()) return nullptr;
+    float* const sum = image.rounded_sum + row;
+    for (int64_t r = 0; r < blocks_.size; r++) sum[r] = first ? 0.0f : sum[r] * factor[r];
+    return sum;
   }
 
   void finish(const ForwardImage& image, int64_t first_row, int64_t block) {
     const int64_t row = blocks_.first(block), rows = blocks_.rows(block);
     const int64_t target = first_row + row;
-    isa_.results(image.acc + row * width_, width_, rows, cols_, image.sum + row,
+    isa_.results(image.acc + row * width_, width_, rows, cols_, image.rounded_sum + row,
                  isa_.at(y_, target * cols_), y_rest_ ? isa_.at(y_rest_, target * cols_) : nullptr);
     std::copy_n(image.argmax + row, rows, row_argmax_ + target);
     std::copy_n(image.sum + row, rows, row_sum_ + target);
@@ -250,7 +271,7 @@ class Backward {
     const int64_t depth = shape_.depth, cols = shape_.cols, first = source - row;
     for (float* array : {image.argmax, image.share, image.share_rest})
       std::fill_n(array + row, blocks_.size, 0.0f);
-    std::copy_n(in_.row_argmax + source, rows, image.argmax + row);
+    copy_argmax(in_.row_argmax + source, rows, shape_.channels, image.argmax + row);
     reciprocals(in_.row_sum + source, rows, image.share + row, image.share_rest + row);
     isa_.max_logits(image.x_columns + row * x_slots_, isa_.at(in_.x, first * depth),
                     image.argmax + row, rows, depth, scale_, image.max + row);

@@ -5,6 +5,7 @@
 #include <ATen/core/Tensor.h>
 #include <c10/util/Exception.h>
 
+#include <algorithm>
 #include <optional>
 
 #include "kernels.h"
@@ -22,6 +23,13 @@ inline at::Tensor wide(const at::Tensor& t) { return t.to(at::kFloat).contiguous
 // As the kernels' elements, contiguous.
 inline at::Tensor elements(const Kernels& isa, const at::Tensor& t) {
   return t.to(isa.pack == 2 ? at::kBFloat16 : at::kFloat).contiguous();
+}
+
+// Which rows hold rows' largest weights, made numbers of rows that there are: saved tensors come
+// back from others' hands, and what is read at these must be memory of x.
+inline void copy_argmax(const float* from, int64_t rows, int64_t channels, float* to) {
+  const float last = static_cast<float>(channels - 1);
+  for (int64_t r = 0; r < rows; r++) to[r] = from[r] >= 0 ? std::min(from[r], last) : 0.0f;
 }
 
 inline const Kernels& kernels_for(const at::Tensor& x) {
