@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import re
 import signal
 import sys
@@ -38,7 +39,13 @@ def run(
         signal.signal(signal.SIGTERM, _interrupt)
     named: tuple[type[Exception], ...] = (ValueError, ImportError, OSError, *also)
     try:
-        return body()
+        code = body()
+        # A full disk or a closed pipe shows here, not as Python ends.
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        # Whoever read has enough, as after `| head`.
+        return 128 + signal.SIGPIPE
     except KeyboardInterrupt:
         return fail(name, _and("stopped", left()), code=130)
     except ElsewhereError:
@@ -53,6 +60,16 @@ def run(
         if not known:
             raise
         return fail(name, _and(known, left()))
+    finally:
+        _drop_unwritten()
+
+
+def _drop_unwritten() -> None:
+    # Python would try again as it ends, and complain.
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextlib.contextmanager

@@ -258,6 +258,8 @@ def _parser(command: str) -> argparse.ArgumentParser:
         description="Train a fine-grained classifier; the defaults are the paper's recipe.",
         epilog="example: cin-fast-train --dataset cub --data-root CUB_200_2011 --method cin",
         argument_default=argparse.SUPPRESS,
+        # What another command refuses by name could be said by a part of it.
+        allow_abbrev=False,
     )
     parser.add_argument(
         "--config", default=None, metavar="FILE", help="settings from a YAML, TOML or JSON file"

@@ -1,6 +1,9 @@
 """Every command: an error is one line that names the thing and the fix, never a traceback."""
 
+import os
 import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -62,6 +65,27 @@ def test_a_stop_says_how_to_go_on(capsys):
 def test_a_signal_to_the_whole_group_is_a_stop(capsys):
     error = RuntimeError("DataLoader worker (pid 7) is killed by signal: Terminated. ")
     assert outcome(capsys, error) == (130, "stopped")
+
+
+@pytest.mark.parametrize(("target", "code"), [("closed pipe", 141), ("/dev/full", 2)])
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_output_that_nobody_takes_ends_without_a_traceback(target, code, unbuffered):
+    if target.startswith("/dev") and not os.path.exists(target):
+        pytest.skip(f"no {target}")
+    command = [sys.executable, "-m", "cin_fast.data.cli", "list"]
+    environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    if target == "closed pipe":
+        reader, writer = os.pipe()
+        os.close(reader)
+    else:
+        writer = os.open(target, os.O_WRONLY)
+    done = subprocess.run(
+        command, stdout=writer, stderr=subprocess.PIPE, text=True, env=environment
+    )
+    os.close(writer)
+    assert done.returncode == code
+    assert done.stderr.count("\n") == (code == 2)
+    assert "Exception ignored" not in done.stderr
 
 
 def test_what_another_process_says_is_not_said_again(capsys):
