@@ -115,6 +115,8 @@ class TrainConfig:
             self._require(name, getattr(self, name) > 0, "above 0")
         self._require("momentum", 0 <= self.momentum < 1, "from 0 to below 1")
         self._require("seed", 0 <= self.seed <= _LARGEST_SEED, f"0 to {_LARGEST_SEED}")
+        if self.resume and self.overwrite:
+            raise ValueError("--resume goes on with a run, --overwrite replaces it: take one")
         pairs = self.classes_per_batch * self.images_per_class
         if pairs % 2:
             raise ValueError(

@@ -43,7 +43,7 @@ def test_json_reads_back():
 
 def test_what_was_done_with_an_earlier_run_is_not_recorded(tmp_path):
     """With --config, it would replace another run unasked."""
-    (tmp_path / "settings.json").write_text(TrainConfig(overwrite=True, resume=True).to_json())
+    (tmp_path / "settings.json").write_text(TrainConfig(overwrite=True).to_json())
     again = config.parse(["--config", str(tmp_path / "settings.json")])
     assert (again.overwrite, again.resume) == (False, False)
 
@@ -68,6 +68,7 @@ def test_help_names_every_option(capsys):
         ({"lr": 0.0}, "--lr: expected above 0, found 0.0"),
         ({"lr": float("inf")}, "--lr: expected a number, found inf"),
         ({"epochs": 0}, "--epochs: expected at least 1"),
+        ({"resume": True, "overwrite": True}, "--resume goes on with a run, --overwrite replaces"),
         ({"momentum": 1.0}, "--momentum"),
         ({"method": "nts"}, "--method: expected one of .*cin.*found 'nts'"),
         ({"dataset": "mnist"}, "--dataset: expected one of"),

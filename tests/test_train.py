@@ -302,16 +302,21 @@ def test_a_test_that_fails_costs_no_epoch(images, tmp_path, monkeypatch, capsys)
     assert ["test_top1" in line for line in lines] == [False, True]
 
 
-def test_a_kill_between_line_and_checkpoint_leaves_one_line_an_epoch(images, tmp_path, monkeypatch):
-    save = Trainer.save
+@pytest.mark.parametrize(("owner", "name"), [(RunFolder, "record"), (Trainer, "save")])
+def test_a_kill_at_line_or_checkpoint_leaves_one_line_an_epoch(
+    images, tmp_path, monkeypatch, owner, name
+):
+    write, calls = getattr(owner, name), []
 
-    def killed(trainer):
-        if trainer.epoch == 2:
+    def killed(*arguments):
+        calls.append(arguments)
+        # Each epoch is kept twice, before its test and after.
+        if len(calls) == 3:
             raise KeyboardInterrupt
-        save(trainer)
+        write(*arguments)
 
     with monkeypatch.context() as patched:
-        patched.setattr(Trainer, "save", killed)
+        patched.setattr(owner, name, killed)
         assert main(arguments(images, tmp_path, epochs=3)) == 130
     assert main(["--output", str(tmp_path), "--resume"]) == 0
     lines = [json.loads(s) for s in (tmp_path / "metrics.jsonl").read_text().splitlines()]
