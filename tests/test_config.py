@@ -44,6 +44,7 @@ def test_json_reads_back():
 def test_what_was_done_with_an_earlier_run_is_not_recorded(tmp_path):
     """With --config, it would replace another run unasked."""
     (tmp_path / "settings.json").write_text(TrainConfig(overwrite=True).to_json())
+    assert "resume" not in json.loads(TrainConfig(resume=True).to_json())
     again = config.parse(["--config", str(tmp_path / "settings.json")])
     assert (again.overwrite, again.resume) == (False, False)
 
