@@ -6,7 +6,6 @@ stands beside it. Both are written to the side and renamed into place.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
@@ -16,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cin_fast.files import WriteError, replacing, write_text
+from cin_fast.files import WriteError, load_tensors, replacing, write_text
 
 # A run folder's, after its last whole epoch.
 LAST = "last.pt"
@@ -60,10 +59,9 @@ def save(path: Path, checkpoint: Checkpoint) -> str:
         with replacing(path) as beside:
             torch.save(content, beside)
             digest = file_hash(beside)
-            line = f"{digest}  {path.name}\n"
             # Until the file has its name, the hash of the one before it is right, too.
-            write_text(_hash_file(path), line + "".join(_hash_lines(path)[:1]))
-        write_text(_hash_file(path), line)
+            _write_digests(path, [digest, *_digests(path)[:1]])
+        _write_digests(path, [digest])
     except WriteError as error:
         raise CheckpointError(str(error)) from error
     return digest
@@ -77,24 +75,19 @@ def load(path: Path) -> Checkpoint:
     """
     if not path.is_file():
         raise CheckpointError(f"no checkpoint at {path}")
-    if _hash_lines(path) and not _has_hash(path):
+    digests = _digests(path)
+    if digests and file_hash(path) not in digests:
         raise CheckpointError(
             f"{path} is damaged: its hash is not the one in {_hash_file(path)} (remove that to "
             "use it all the same)"
         )
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        # torch seeks before the start of a file that was cut short: an invalid argument.
-        if isinstance(error, OSError) and error.errno != errno.EINVAL:
-            raise CheckpointError(f"{path} cannot be read ({error.strerror or error})") from error
-        # What torch stumbles over in a damaged file is of no use to its owner.
-        verdict = (
-            "its hash agrees with the one beside it"
-            if _hash_lines(path)
-            else "no hash stands beside it"
-        )
-        raise CheckpointError(f"{path} is damaged or no checkpoint; {verdict}") from error
+        content = load_tensors(path)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror or error})") from error
+    except ValueError as error:
+        beside = "its hash agrees with the one" if digests else "no hash stands"
+        raise CheckpointError(f"{path} is damaged or no checkpoint; {beside} beside it") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         found = content.get("format") if isinstance(content, dict) else type(content).__name__
         raise CheckpointError(f"{path} is no checkpoint of format {FORMAT}: found {found}")
@@ -144,10 +137,11 @@ def _hash_file(path: Path) -> Path:
     return path.with_name(path.name + ".sha256")
 
 
-def _hash_lines(path: Path) -> list[str]:
+def _digests(path: Path) -> list[str]:
     beside = _hash_file(path)
-    return beside.read_text().splitlines(keepends=True) if beside.is_file() else []
+    lines = beside.read_text().splitlines() if beside.is_file() else []
+    return [line.split()[0] for line in lines if line.strip()]
 
 
-def _has_hash(path: Path) -> bool:
-    return file_hash(path) in [line.split()[0] for line in _hash_lines(path) if line.split()]
+def _write_digests(path: Path, digests: list[str]) -> None:
+    write_text(_hash_file(path), "".join(f"{digest}  {path.name}\n" for digest in digests))

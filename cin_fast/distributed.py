@@ -63,19 +63,17 @@ def on_main(world: World, action: Callable[[], None]) -> None:
     Raises:
         ValueError: on the main process, what ``action`` raised; ElsewhereError on the others.
     """
-    problem: list[ValueError | None] = [None]
+    problem: ValueError | None = None
     if world.main:
         try:
             action()
         except ValueError as error:
-            problem = [error]
+            problem = error
+    stopped = [problem is not None]
     if world.size > 1:
-        stopped = [problem[0] is not None]
         dist.broadcast_object_list(stopped, src=0)
-        if stopped[0] and not world.main:
-            raise ElsewhereError("the main process says why")
-    if problem[0] is not None:
-        raise problem[0]
+    if stopped[0]:
+        raise problem or ElsewhereError("the main process says why")
 
 
 def pick_device(name: str, world: World = ALONE) -> torch.device:

@@ -22,7 +22,7 @@ from torch.export import Dim, ExportedProgram
 from cin_fast import command, reference, thin
 from cin_fast.dispatch import BACKENDS
 from cin_fast.files import replacing
-from cin_fast.ops import TAP_BACKENDS
+from cin_fast.operators import TAP_BACKENDS
 from cin_fast.trained import Trained, load_trained
 
 _PACKAGES = ("onnx", "onnxscript", "onnxruntime")

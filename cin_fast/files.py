@@ -1,11 +1,15 @@
-"""Files that are whole or not there, whatever stops the writing."""
+"""Files that are whole or not there, whatever stops the writing, and what torch.save wrote."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+import torch
 
 
 class WriteError(ValueError):
@@ -41,6 +45,23 @@ def write_text(path: Path, text: str) -> None:
     """
     with replacing(path) as beside:
         beside.write_text(text)
+
+
+def load_tensors(path: Path) -> Any:
+    """What ``torch.save`` wrote, where that is tensors and plain values, on the CPU.
+
+    Raises:
+        OSError: if the file cannot be read.
+        ValueError: if it is damaged or something else.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        # torch seeks before the start of a file that was cut short: an invalid argument.
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:
+            raise
+        # What torch stumbles over is of no use to the file's owner.
+        raise ValueError(f"{path} is damaged, or torch.save did not write it") from error
 
 
 def _reason(error: OSError | RuntimeError) -> str:

@@ -9,12 +9,14 @@ Shapes as in :mod:`cin_fast.ops`.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from cin_fast import arguments, dispatch, ops, reference, schemas
+from cin_fast import arguments, dispatch, operators, ops, reference, schemas
+from cin_fast.operators import operator_of
 
 
 def pair_columns(
@@ -66,31 +68,14 @@ def pair_columns(
     inputs = (arguments.flat_map(x), on_device, psi_weight, psi_bias, cast_v, mean, scale)
     if not dispatch.transformed(x, cast_v, psi_weight, psi_bias):
         if name == "cpu":
-            outputs = torch.ops.cin_fast.cpu_pair(*inputs)
-            return outputs[0], outputs[1]
-        if name in ops.AFTER_SCI_BACKENDS:
-            return _with_statistics(name, *inputs)
+            y_BCK, y_pair_BCK, *_ = torch.ops.cin_fast.cpu_pair(*inputs)
+            return y_BCK, y_pair_BCK
+        if name in operators.AFTER_SCI_BACKENDS:
+            y_BCK, y_pair_BCK, *_ = _forward(name, *inputs)
+            return y_BCK, y_pair_BCK
     y_BCK = ops.sci(x, cast_v, scale=scale, backend=backend)
     eta_B = reference.eta(y_BCK[..., mean], on_device, psi_weight, psi_bias)
     return y_BCK, ops.cci(x, partner, eta_B, cast_v, scale=scale, backend=backend)
-
-
-def _with_statistics(
-    backend: str,
-    x: Tensor,
-    partner: Tensor,
-    psi_weight: Tensor,
-    psi_bias: Tensor,
-    v: Tensor,
-    mean: int,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    """The composition, with what sci leaves of x's rows handed on to cci."""
-    operators = torch.ops.cin_fast
-    y, row_max, row_sum, _ = getattr(operators, f"{backend}_sci")(x, v, scale)
-    eta = reference.eta(y[..., mean], partner, psi_weight, psi_bias).float()
-    after_sci = getattr(operators, f"{backend}_cci_after_sci")
-    return y, after_sci(x, partner, eta, v, row_max, row_sum, scale)[0]
 
 
 def _check_psi(name: str, t: Tensor, x: Tensor, numbers: int) -> None:
@@ -104,6 +89,7 @@ def _check_psi(name: str, t: Tensor, x: Tensor, numbers: int) -> None:
 
 
 def _forward(
+    backend: str,
     x: Tensor,
     partner: Tensor,
     psi_weight: Tensor,
@@ -112,9 +98,11 @@ def _forward(
     mean: int,
     scale: float,
 ) -> tuple[Tensor, ...]:
-    y, row_max, row_sum, _ = torch.ops.cin_fast.cpu_sci(x, v, scale)
-    eta = reference.eta(y[..., mean], partner, psi_weight, psi_bias)
-    y_pair, b = torch.ops.cin_fast.cpu_cci_after_sci(x, partner, eta, v, row_max, row_sum, scale)
+    """The composition, with what sci leaves of x's rows handed on to cci."""
+    y, row_max, row_sum, _ = operator_of(backend, "sci")(x, v, scale)
+    eta = reference.eta(y[..., mean], partner, psi_weight, psi_bias).float()
+    after_sci = operator_of(backend, "cci_after_sci")
+    y_pair, b = after_sci(x, partner, eta, v, row_max, row_sum, scale)
     return y, y_pair, eta, b, row_max, row_sum
 
 
@@ -202,13 +190,13 @@ def _register() -> None:
     for stem, schema in (schemas.PAIR | schemas.AFTER_SCI | schemas.PAIR_SWEEP).items():
         torch.library.define(f"cin_fast::cpu_{stem}", schema, tags=(torch.Tag.pt2_compliant_tag,))
     for stem, function, fake in (
-        ("pair", _forward, _forward_fake),
+        ("pair", partial(_forward, "cpu"), _forward_fake),
         ("pair_backward", _backward, _backward_fake),
     ):
         torch.library.impl(f"cin_fast::cpu_{stem}", "CPU", function)
         torch.library.register_fake(f"cin_fast::cpu_{stem}", fake)
     torch.library.register_autograd("cin_fast::cpu_pair", _gradient, setup_context=_context)
-    torch.library.register_autograd("cin_fast::cpu_pair_backward", ops.refuse_double_backward)
+    torch.library.register_autograd("cin_fast::cpu_pair_backward", operators.refuse_double_backward)
 
 
 _register()

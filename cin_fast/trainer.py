@@ -99,10 +99,7 @@ class Trainer:
         """Train to the last epoch; returns what metrics.json holds."""
         if self.world.main:
             if not self.replaces:
-                if not self.config.resume:
-                    self.folder.clear()
-                self.folder.describe(self.config)
-                self.folder.forget_after(self.epoch)
+                self._begin()
             print(self.describe(), flush=True)
         train_loader, test_loader = self._train_loader(), self._test_loader()
         metrics: dict[str, Any] = {}
@@ -120,7 +117,7 @@ class Trainer:
         self, train_loader: DataLoader[Any], test_loader: DataLoader[Any]
     ) -> dict[str, Any]:
         """Train an epoch, keep it, test where that is due; returns its line of metrics.jsonl."""
-        start, before = time.perf_counter(), self.history["seconds"]
+        start = time.perf_counter()
         lr = self.schedule.get_last_lr()[0]
         trained = self.train_epoch(train_loader)
         speed = trained["images"] / (time.perf_counter() - start)
@@ -129,28 +126,12 @@ class Trainer:
         metrics: dict[str, Any] = {"epoch": self.epoch, "lr": lr, **trained}
         metrics["images_per_second"] = speed
 
-        def keep() -> None:
-            metrics["seconds"] = time.perf_counter() - start
-            self.history["seconds"] = before + metrics["seconds"]
-            if self.world.main:
-                self.keep(metrics)
-
         # Before the test, too: one that fails costs no epoch.
-        keep()
+        self._keep(metrics, time.perf_counter() - start)
         if self.epoch % self.config.eval_every == 0 or self.epoch == self.config.epochs:
             metrics |= self._tested(test_loader)
-            keep()
+            self._keep(metrics, time.perf_counter() - start)
         return metrics
-
-    def keep(self, metrics: Mapping[str, Any]) -> None:
-        """Write an epoch's line and last.pt; the first of a run takes an earlier one's place."""
-        if self.replaces:
-            self.folder.clear()
-            self.folder.describe(self.config)
-            self.replaces = False
-        # The line first: one that last.pt does not know is dropped when the run goes on.
-        self.folder.record(metrics)
-        self.save()
 
     def train_epoch(self, loader: DataLoader[Any]) -> dict[str, float]:
         """One pass over the training set."""
@@ -220,6 +201,25 @@ class Trainer:
                 scaler=self.scaler.state_dict(),
             ),
         )
+
+    def _begin(self) -> None:
+        if not self.config.resume:
+            self.folder.clear()
+        self.folder.describe(self.config)
+        self.folder.forget_after(self.epoch)
+
+    def _keep(self, metrics: dict[str, Any], seconds: float) -> None:
+        """Write an epoch's line and last.pt; the first of a run takes an earlier one's place."""
+        self.history["seconds"] += seconds - metrics.get("seconds", 0.0)
+        metrics["seconds"] = seconds
+        if not self.world.main:
+            return
+        if self.replaces:
+            self._begin()
+            self.replaces = False
+        # The line first: one that last.pt does not know is dropped when the run goes on.
+        self.folder.record(metrics)
+        self.save()
 
     def _checkpoint_bytes(self) -> int:
         """What last.pt takes, about: weights, and SGD's momentum of each."""

@@ -6,7 +6,6 @@ is installed.
 
 from __future__ import annotations
 
-import errno
 import importlib.util
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,8 @@ from typing import Any
 import torch
 import torchvision
 from torch import Tensor, nn
+
+from cin_fast.files import load_tensors
 
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 VGGS = ("vgg11_bn", "vgg13_bn", "vgg16", "vgg16_bn", "vgg19", "vgg19_bn")
@@ -168,14 +169,10 @@ def _read(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise FileNotFoundError(f"weights: no file {path}; give a weight file, imagenet or none")
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        # torch seeks before the start of a file that was cut short: an invalid argument.
-        if isinstance(error, OSError) and error.errno != errno.EINVAL:
-            raise ValueError(
-                f"weights: {path} cannot be read ({error.strerror or error})"
-            ) from error
-        # What torch stumbles over in such a file is of no use to its owner.
+        loaded = load_tensors(path)
+    except OSError as error:
+        raise ValueError(f"weights: {path} cannot be read ({error.strerror or error})") from error
+    except ValueError as error:
         raise ValueError(
             f"weights: {path} is damaged or no weight file; expected a state dict that torch.save "
             "wrote"

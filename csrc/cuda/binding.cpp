@@ -1,5 +1,5 @@
 // The operators for torch, over its stable ABI: one binary serves every torch from 2.11 on.
-// Schemas, fakes and autograd are defined in cin_fast/ops.py; arguments were checked there.
+// Schemas, fakes and autograd are defined in cin_fast/operators.py; arguments were checked there.
 #include <cuda_runtime.h>
 #include <dlfcn.h>
 #include <torch/csrc/stable/accelerator.h>
@@ -209,19 +209,26 @@ std::tuple<Tensor, Tensor> sci_backward(const Tensor& dy, const Tensor& x,
   return {dx, dv};
 }
 
+void cci_forward(const Call& call, const Tensor& x, const Tensor& partner, const Tensor& eta,
+                 const std::optional<Tensor>& v, double scale, const Tensor& y, float* row_max,
+                 float* row_sum, bool after_sci) {
+  const Tensor partners = torch::stable::contiguous(partner);
+  const Tensor etas = torch::stable::contiguous(eta);
+  check(
+      cin_fast::cci_forward(call.context, dtype_of(x), shape(x, v), static_cast<float>(scale),
+                            {view(x), view(v), const_data<int64_t>(partners),
+                             const_data<float>(etas), data<void>(y), row_max, row_sum, after_sci}),
+      "cci");
+}
+
 // b is empty: the backward pass does without.
 std::tuple<Tensor, Tensor, Tensor, Tensor> cci(const Tensor& x, const Tensor& partner,
                                                const Tensor& eta, const std::optional<Tensor>& v,
                                                double scale) {
   Call call(x);
   Results r(call, x, v);
-  const Tensor partners = torch::stable::contiguous(partner);
-  const Tensor etas = torch::stable::contiguous(eta);
-  check(cin_fast::cci_forward(
-            call.context, dtype_of(x), shape(x, v), static_cast<float>(scale),
-            {view(x), view(v), const_data<int64_t>(partners), const_data<float>(etas),
-             data<void>(r.y), data<float>(r.row_max), data<float>(r.row_sum)}),
-        "cci");
+  cci_forward(call, x, partner, eta, v, scale, r.y, data<float>(r.row_max), data<float>(r.row_sum),
+              false);
   return {r.y, call.empty({0}, x.scalar_type()), r.row_max, r.row_sum};
 }
 
@@ -230,16 +237,10 @@ std::tuple<Tensor, Tensor> cci_after_sci(const Tensor& x, const Tensor& partner,
                                          const Tensor& row_sum, double scale) {
   Call call(x);
   Tensor y = call.empty(shape_of(v), x.scalar_type());
-  const Tensor partners = torch::stable::contiguous(partner);
-  const Tensor etas = torch::stable::contiguous(eta);
   // Only read.
   float* peaks = const_cast<float*>(const_data<float>(row_max));
   float* sums = const_cast<float*>(const_data<float>(row_sum));
-  check(cin_fast::cci_forward(
-            call.context, dtype_of(x), shape(x, v), static_cast<float>(scale),
-            {view(x), view(v), const_data<int64_t>(partners), const_data<float>(etas),
-             data<void>(y), peaks, sums, /*after_sci=*/true}),
-        "cci_after_sci");
+  cci_forward(call, x, partner, eta, v, scale, y, peaks, sums, true);
   return {y, call.empty({0}, x.scalar_type())};
 }
 
