@@ -68,7 +68,8 @@ def cpu_extension() -> Extension:
     # OpenMP is named to the compiler alone: at run time torch's own copy serves, never a second.
     # No contraction: the kernels say where a product and a sum round once, and where twice.
     flags = ["-O3", "-std=c++20", "-fvisibility=hidden", "-Wall", "-ffp-contract=off"]
-    openmp = ["-fopenmp"] if sys.platform == "linux" else []
+    # Apple's compiler hides the option, and finds omp.h among torch's headers.
+    openmp = {"linux": ["-fopenmp"], "darwin": ["-Xpreprocessor", "-fopenmp"]}.get(sys.platform, [])
     sanitizers = ["-fsanitize=address,undefined", "-fno-omit-frame-pointer"] if SANITIZE else []
     return CppExtension(
         "cin_fast._cpu",

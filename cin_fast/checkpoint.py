@@ -59,8 +59,9 @@ def save(path: Path, checkpoint: Checkpoint) -> str:
         with replacing(path) as beside:
             torch.save(content, beside)
             digest = file_hash(beside)
-            # Until the file has its name, the hash of the one before it is right, too.
-            _write_digests(path, [digest, *_digests(path)[:1]])
+            # Until the file has its name, that of the one before it is right, too: whichever of
+            # several, where more than one writing was cut off here.
+            _write_digests(path, [digest, *_digests(path)])
         _write_digests(path, [digest])
     except WriteError as error:
         raise CheckpointError(str(error)) from error
@@ -139,7 +140,7 @@ def _hash_file(path: Path) -> Path:
 
 def _digests(path: Path) -> list[str]:
     beside = _hash_file(path)
-    lines = beside.read_text().splitlines() if beside.is_file() else []
+    lines = beside.read_text(errors="replace").splitlines() if beside.is_file() else []
     return [line.split()[0] for line in lines if line.strip()]
 
 

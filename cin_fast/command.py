@@ -41,7 +41,7 @@ def run(
     try:
         code = body()
         # A full disk or a closed pipe shows here, not as Python ends.
-        sys.stdout.flush()
+        _flush()
         return code
     except BrokenPipeError:
         # Whoever read has enough, as after `| head`.
@@ -64,10 +64,16 @@ def run(
         _drop_unwritten()
 
 
+def _flush() -> None:
+    # A process started with its output closed has none.
+    if sys.stdout is not None:
+        sys.stdout.flush()
+
+
 def _drop_unwritten() -> None:
     # Python would try again as it ends, and complain.
     try:
-        sys.stdout.flush()
+        _flush()
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
@@ -104,7 +110,7 @@ def fail(name: str, message: str, code: int = 2) -> int:
 
 def add_checkpoint(parser: argparse.ArgumentParser, *, positional: bool = False) -> None:
     """The option, or argument, that names a trained model."""
-    what: dict[str, Any] = {"type": Path, "metavar": "RUN", "help": "last.pt, or a run's folder"}
+    what: dict[str, Any] = {"type": path, "metavar": "RUN", "help": "last.pt, or a run's folder"}
     if positional:
         parser.add_argument("checkpoint", **what)
     else:
@@ -129,6 +135,11 @@ def writable_folder(folder: Path) -> None:
             pass
     except OSError as error:
         raise ValueError(f"--output: {folder} cannot be written ({error.strerror})") from error
+
+
+def path(text: str) -> Path:
+    """An argparse type: a path. Shells leave the ``~`` of ``--output=~/run`` to the program."""
+    return Path(text).expanduser()
 
 
 def at_least(least: int) -> Callable[[str], int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,7 +26,9 @@ INDIFFERENT = frozenset(
 )  # fmt: skip
 SETTINGS = "settings.json"
 # What to do with an earlier run in the output folder: said anew each time.
-_NOT_RECORDED = ("resume", "overwrite")
+NOT_RECORDED = ("resume", "overwrite")
+# Settings that may begin with ~, which no shell expands in a file or after =.
+_PATHS = ("data_root", "output", "weights")
 # Samplers multiply a seed by epochs and processes, and a generator takes 64 bits.
 _LARGEST_SEED = 10**8
 _AMP = ("auto", "bf16", "fp16", "none")
@@ -150,9 +153,12 @@ class TrainConfig:
         return "\n".join(lines)
 
     def to_json(self) -> str:
-        """Every setting, as ``--config`` reads it; resume and overwrite are left out."""
-        settings = dataclasses.asdict(self)
-        return json.dumps({k: v for k, v in settings.items() if k not in _NOT_RECORDED}, indent=2)
+        """What is recorded of the settings, as ``--config`` reads it."""
+        return json.dumps(self.recorded(), indent=2)
+
+    def recorded(self) -> dict[str, Any]:
+        """Every setting but resume and overwrite."""
+        return {k: v for k, v in dataclasses.asdict(self).items() if k not in NOT_RECORDED}
 
     def _require(self, name: str, holds: bool, expected: str) -> None:
         if not holds:
@@ -176,7 +182,7 @@ def from_mapping(values: Mapping[str, Any], source: str = "settings") -> TrainCo
             value = _as_float(source, key, value)
         if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
             raise ValueError(f"{source}: {key} expected {kind.__name__}, found {value!r}")
-        checked[name] = value
+        checked[name] = os.path.expanduser(value) if name in _PATHS else value
     return TrainConfig(**checked)
 
 
@@ -199,7 +205,7 @@ def parse(argv: Sequence[str] | None = None, command: str = "cin-fast-train") ->
 def _settings_of_the_run(options: Mapping[str, Any]) -> str:
     if not (options.get("resume") and options.get("output")):
         return ""
-    settings = Path(options["output"]) / SETTINGS
+    settings = Path(options["output"]).expanduser() / SETTINGS
     return str(settings) if settings.is_file() else ""
 
 
@@ -209,6 +215,7 @@ def read_settings(file: Path) -> dict[str, Any]:
     Raises:
         ValueError: naming the file, if there is none or it cannot be read as what it is called.
     """
+    file = file.expanduser()
     if not file.is_file():
         raise ValueError(f"--config: no file {file}")
     read = _READERS.get(file.suffix)
@@ -250,7 +257,7 @@ def _as_float(source: str, key: str, value: int | str) -> float:
     # YAML reads 2e-4 as text.
     try:
         return float(value)
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         raise ValueError(f"{source}: {key} expected a number, found {value!r}") from error
 
 

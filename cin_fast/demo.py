@@ -84,7 +84,7 @@ def _demo(options: argparse.Namespace) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=_NAME, description=__doc__)
     parser.add_argument("--epochs", type=int, default=12, help="epochs of each run (default: 12)")
-    parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="(runs/demo)")
+    parser.add_argument("--output", type=command.path, default="runs/demo", help="(runs/demo)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
     return parser
 

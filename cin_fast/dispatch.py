@@ -2,8 +2,8 @@
 
 ``reference`` and ``matmul`` run anywhere. ``cpu`` is the compiled extension ``cin_fast._cpu``;
 ``triton`` lives in ``cin_fast.kernels``; ``cuda`` is the compiled extension ``cin_fast._C``.
-Loading a backend attaches its kernels to the operators that ``cin_fast.ops`` has defined; nothing
-is loaded before a tensor asks for it.
+Loading a backend attaches its kernels to the operators that ``cin_fast.operators`` has defined;
+nothing is loaded before a tensor asks for it.
 """
 
 from __future__ import annotations

@@ -61,13 +61,13 @@ def on_main(world: World, action: Callable[[], None]) -> None:
     """Run ``action`` on the main process; what it finds stops all of them.
 
     Raises:
-        ValueError: on the main process, what ``action`` raised; ElsewhereError on the others.
+        Exception: on the main process, what ``action`` raised; ElsewhereError on the others.
     """
-    problem: ValueError | None = None
+    problem: Exception | None = None
     if world.main:
         try:
             action()
-        except ValueError as error:
+        except Exception as error:
             problem = error
     stopped = [problem is not None]
     if world.size > 1:

@@ -19,6 +19,7 @@ from cin_fast import command
 from cin_fast.data import DataError, ImageDataset, build_dataset, dataset_names
 from cin_fast.distributed import pick_device
 from cin_fast.files import replacing
+from cin_fast.records import EVALUATION
 from cin_fast.scores import Scores, score
 from cin_fast.trained import Trained, load_trained
 
@@ -102,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _beside(checkpoint: Path) -> Path:
     run = checkpoint if checkpoint.is_dir() else checkpoint.parent
-    return run / "evaluation"
+    return run / EVALUATION
 
 
 def _test_images(trained: Trained, options: argparse.Namespace) -> ImageDataset:
@@ -153,9 +154,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_checkpoint(parser, positional=True)
     parser.add_argument("--dataset", choices=dataset_names(),
                         help="what to test on (default: the run's)")  # fmt: skip
-    parser.add_argument("--data-root", type=Path, metavar="DIR",
+    parser.add_argument("--data-root", type=command.path, metavar="DIR",
                         help="folder of the dataset (default: the run's)")  # fmt: skip
-    parser.add_argument("--output", type=Path, metavar="DIR",
+    parser.add_argument("--output", type=command.path, metavar="DIR",
                         help="folder of the confusion matrix (default: evaluation/ in the run's "
                         "folder)")  # fmt: skip
     parser.add_argument("--batch-size", type=command.at_least(1), default=32, metavar="N",

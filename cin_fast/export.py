@@ -181,7 +181,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog="example: cin-fast-export runs/my_run --output birds.onnx",
     )
     command.add_checkpoint(parser, positional=True)
-    parser.add_argument("--output", type=Path, required=True, metavar="FILE",
+    parser.add_argument("--output", type=command.path, required=True, metavar="FILE",
                         help="FILE.onnx, or FILE.pt2 for torch.export")  # fmt: skip
     return parser
 

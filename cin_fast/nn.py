@@ -86,7 +86,7 @@ class SCI(nn.Module):
     def pooled(self, x: Tensor) -> PooledSCI:
         """Spatial means of Z and Y, equal to those of the dense form."""
         _check_map(x, self.phi.in_channels)
-        _check_weight(self.phi)
+        _check_read(self.phi)
         v_BC9 = tap_means(x, backend=self.backend)
         y_BC9 = sci(x, v_BC9, scale=self.scale, backend=self.backend)
         z_BC = mean_of_conv(self.phi, y_BC9, self.backend) + v_BC9[..., _CENTRE_TAP]
@@ -164,7 +164,7 @@ class CCI(nn.Module):
             sci_means: what :meth:`SCI.pooled` gave for the same maps, where it is known already.
         """
         _check_map(x, self.phi.in_channels)
-        _check_weight(self.phi)
+        _check_read(self.phi)
         if sci_means is None:
             v_BC9 = tap_means(x, backend=self.backend)
             y_BC1 = sci(x, v_BC9[..., _CENTRE_TAP, None], scale=self.scale, backend=self.backend)
@@ -187,7 +187,7 @@ class CCI(nn.Module):
             partner: int64 (B,), an involution.
         """
         _check_map(x, self.phi.in_channels)
-        _check_weight(self.phi)
+        _check_read(self.phi)
         v_BC9 = tap_means(x, backend=self.backend)
         y_BC9, y_pair_BC9 = pair_columns(
             x,
@@ -251,14 +251,22 @@ def _check_phi(phi: nn.Conv2d, channels: int) -> None:
         raise ValueError(f"phi: expected Conv2d({channels}, {channels}, 3, padding=1), found {phi}")
 
 
-def _check_weight(phi: nn.Conv2d) -> None:
-    # The pooled form reads the weight and never calls phi. The older ways of making a weight do so
-    # in a hook of that call; a weight of torch.nn.utils.parametrize is made when it is read.
-    if phi._forward_pre_hooks and "weight" not in phi._parameters and not is_parametrized(phi):
+def _check_read(phi: nn.Conv2d) -> None:
+    # The pooled form reads weight and bias and never calls phi. The older ways of making one do so
+    # in a hook of that call; one of torch.nn.utils.parametrize is made when it is read.
+    _check_phi(phi, phi.in_channels)
+    if type(phi).forward is not nn.Conv2d.forward:
         raise ValueError(
-            "phi: its weight is made by a hook (weight_norm, spectral_norm, prune), which the "
-            "pooled form does not run: take torch.nn.utils.parametrizations, or the dense form"
+            f"phi: {type(phi).__name__} has a forward of its own, which the pooled form does not "
+            "run: take the dense form"
         )
+    for name in ("weight", "bias"):
+        known = name in phi._parameters or is_parametrized(phi, name)
+        if phi._forward_pre_hooks and not known:
+            raise ValueError(
+                f"phi: its {name} is made by a hook (weight_norm, spectral_norm, prune), which the "
+                "pooled form does not run: take torch.nn.utils.parametrizations, or the dense form"
+            )
 
 
 def _check_means(name: str, y_BC: Tensor, x: Tensor) -> None:

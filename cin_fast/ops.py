@@ -5,6 +5,8 @@ Shapes: B images, C channels, L positions, K columns of ``v``. ``v = None`` mean
 
 from __future__ import annotations
 
+import importlib
+
 import torch
 from torch import Tensor
 
@@ -167,6 +169,9 @@ def load_backends() -> dict[str, str]:
     Calls of :func:`sci` and the like load what they need. A program that ``torch.export`` made
     names a backend's operators and does not, so the process that runs it calls this first.
     """
+    # Those of the pooled forms, which these modules define.
+    for name in ("pair", "thin"):
+        importlib.import_module(f"cin_fast.{name}")
     return {name: dispatch.unavailable(name) for name in dispatch.BACKENDS}
 
 

@@ -86,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Name the most likely classes of images.",
         epilog="example: cin-fast-predict --checkpoint runs/my_run a.jpg b.jpg",
     )
-    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image files")
+    parser.add_argument("images", nargs="+", type=command.path, metavar="IMAGE", help="image files")
     command.add_checkpoint(parser)
     parser.add_argument(
         "--top", type=command.at_least(1), default=5, metavar="K", help="classes shown (default: 5)"

@@ -25,6 +25,7 @@ from cin_fast.info import device_name, git_commit, versions
 METRICS = "metrics.json"
 METRICS_LINES = "metrics.jsonl"
 CURVES = "tensorboard"
+EVALUATION = "evaluation"
 
 
 class RunFolder:
@@ -77,15 +78,11 @@ class RunFolder:
             )
 
     def clear(self) -> None:
-        """Remove what an earlier run left."""
-        for name in (
-            self.checkpoint.name,
-            f"{self.checkpoint.name}.sha256",
-            METRICS,
-            METRICS_LINES,
-        ):
+        """Remove what an earlier run left beside its checkpoint."""
+        for name in (METRICS_LINES, METRICS):
             (self.path / name).unlink(missing_ok=True)
-        shutil.rmtree(self.path / CURVES, ignore_errors=True)
+        for name in (CURVES, EVALUATION):
+            shutil.rmtree(self.path / name, ignore_errors=True)
 
     @property
     def checkpoint(self) -> Path:
@@ -113,6 +110,11 @@ class RunFolder:
         """Write an epoch's line of metrics.jsonl, in the place of one that it has."""
         lines = self._lines_until(metrics["epoch"] - 1)
         self._write_lines([*lines, json.dumps(metrics)])
+
+    def line(self, epoch: int) -> dict[str, Any]:
+        """What is recorded of an epoch; of one that is not, its number."""
+        found = [json.loads(one) for one in self._lines_until(epoch) if _epoch_of(one) == epoch]
+        return found[-1] if found else {"epoch": epoch}
 
     def _lines_until(self, epoch: int) -> list[str]:
         path = self.path / METRICS_LINES
@@ -160,5 +162,5 @@ class RunFolder:
 def _epoch_of(line: str) -> float:
     try:
         return float(json.loads(line)["epoch"])
-    except (json.JSONDecodeError, KeyError):
+    except (json.JSONDecodeError, KeyError, TypeError):
         return float("inf")

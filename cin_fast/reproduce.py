@@ -363,7 +363,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rows", nargs="+", metavar="ROW",
                         help=f"some of {', '.join(ROWS)} (default: all; with a --backbone other "
                         f"than {_PAPER_BACKBONE}, those without one of their own)")  # fmt: skip
-    parser.add_argument("--output", type=Path, default=Path("runs/table1"), metavar="DIR",
+    parser.add_argument("--output", type=command.path, default=Path("runs/table1"), metavar="DIR",
                         help="folder of all runs and the table (default: runs/table1)")  # fmt: skip
     return parser
 

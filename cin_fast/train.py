@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from cin_fast import command
 from cin_fast import config as configs
 from cin_fast.config import TrainConfig
-from cin_fast.distributed import join, world_of_process
-from cin_fast.records import RunFolder
+from cin_fast.distributed import join
 from cin_fast.trainer import Trainer, TrainingError
 
 __all__ = ["Trainer", "TrainingError", "main", "train"]
@@ -33,14 +31,15 @@ def train(config: TrainConfig) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; prints errors as one line and returns 2 for them."""
 
-    checkpoint = Path()
+    trainer: Trainer | None = None
 
     def body() -> int:
-        nonlocal checkpoint
+        nonlocal trainer
         config = configs.parse(argv)
-        checkpoint = RunFolder(config.output_folder).checkpoint
-        metrics = train(config)
-        if world_of_process().main:
+        with join(config.device) as world:
+            trainer = Trainer(config, world)
+            metrics = trainer.run()
+        if world.main:
             print(
                 f"test top-1 {metrics['test_top1']:.2%}, top-5 {metrics['test_top5']:.2%} "
                 f"(chance {metrics['chance_top1']:.2%}) after {metrics['epochs']} epochs in "
@@ -49,9 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
 
     def left() -> str:
-        if checkpoint.is_file():
-            return "finished epochs are kept: --resume goes on"
-        return "no epoch was finished"
+        return trainer.left() if trainer else "nothing was begun"
 
     return command.run("cin-fast-train", body, also=(TrainingError,), left=left)
 

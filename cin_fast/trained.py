@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from cin_fast import checkpoint as checkpoints
-from cin_fast.config import TrainConfig, from_mapping
+from cin_fast.config import NOT_RECORDED, TrainConfig, from_mapping
 from cin_fast.data.transforms import image_transform
 from cin_fast.models import Classifier, build_model
 
@@ -41,7 +41,9 @@ def load_trained(path: str | Path, device: torch.device | str = "cpu") -> Traine
     path = Path(path)
     file = path / checkpoints.LAST if path.is_dir() else path
     state = checkpoints.load(file)
-    config = from_mapping(state.settings, str(file))
+    # Some checkpoints hold what was asked of the output folder, too.
+    settings = {k: v for k, v in state.settings.items() if k not in NOT_RECORDED}
+    config = from_mapping(settings, str(file))
     model = build_model(
         config.method,
         state.num_classes,

@@ -88,7 +88,8 @@ class Trainer:
         )
         self.schedule = StepLR(self.optimizer, config.lr_step, config.lr_decay)
         self.epoch = 0
-        self.history = {"best_test_top1": 0.0, "seconds": 0.0}
+        # Of the test: the last epoch that had one.
+        self.history = {"best_test_top1": 0.0, "seconds": 0.0, "tested": 0}
         if resumed is not None:
             self._restore(resumed)
         if self.epoch < config.epochs:
@@ -99,13 +100,17 @@ class Trainer:
         """Train to the last epoch; returns what metrics.json holds."""
         if self.world.main:
             if not self.replaces:
-                self._begin()
+                self.folder.describe(self.config)
+                self.folder.forget_after(self.epoch)
             print(self.describe(), flush=True)
         train_loader, test_loader = self._train_loader(), self._test_loader()
         metrics: dict[str, Any] = {}
         with self.folder.curves(active=self.world.main) as draw:
-            while self.epoch < self.config.epochs:
-                metrics = self.one_epoch(train_loader, test_loader)
+            while self._misses_test() or self.epoch < self.config.epochs:
+                if self._misses_test():
+                    metrics = self.missed_test(test_loader)
+                else:
+                    metrics = self.one_epoch(train_loader, test_loader)
                 if self.world.main:
                     draw(metrics)
                     print(epoch_line(metrics, self.config.epochs), flush=True)
@@ -128,10 +133,22 @@ class Trainer:
 
         # Before the test, too: one that fails costs no epoch.
         self._keep(metrics, time.perf_counter() - start)
-        if self.epoch % self.config.eval_every == 0 or self.epoch == self.config.epochs:
+        if self._misses_test():
             metrics |= self._tested(test_loader)
             self._keep(metrics, time.perf_counter() - start)
         return metrics
+
+    def missed_test(self, test_loader: DataLoader[Any]) -> dict[str, Any]:
+        """Make up for the test that the run was stopped in; returns the epoch's line, now whole."""
+        start = time.perf_counter()
+        metrics = self.folder.line(self.epoch) | self._tested(test_loader)
+        self._keep(metrics, metrics.get("seconds", 0.0) + time.perf_counter() - start)
+        return metrics
+
+    def _misses_test(self) -> bool:
+        """Whether the epoch is one that is tested, and was not."""
+        due = self.epoch % self.config.eval_every == 0 or self.epoch == self.config.epochs
+        return due and self.history["tested"] < self.epoch
 
     def train_epoch(self, loader: DataLoader[Any]) -> dict[str, float]:
         """One pass over the training set."""
@@ -191,7 +208,7 @@ class Trainer:
             self.folder.checkpoint,
             Checkpoint(
                 model=self.model.state_dict(),
-                settings=dataclasses.asdict(self.config),
+                settings=self.config.recorded(),
                 classes=self.classes,
                 epoch=self.epoch,
                 optimizer=self.optimizer.state_dict(),
@@ -202,24 +219,26 @@ class Trainer:
             ),
         )
 
-    def _begin(self) -> None:
-        if not self.config.resume:
-            self.folder.clear()
-        self.folder.describe(self.config)
-        self.folder.forget_after(self.epoch)
-
     def _keep(self, metrics: dict[str, Any], seconds: float) -> None:
         """Write an epoch's line and last.pt; the first of a run takes an earlier one's place."""
         self.history["seconds"] += seconds - metrics.get("seconds", 0.0)
         metrics["seconds"] = seconds
-        if not self.world.main:
-            return
-        if self.replaces:
-            self._begin()
-            self.replaces = False
-        # The line first: one that last.pt does not know is dropped when the run goes on.
-        self.folder.record(metrics)
-        self.save()
+
+        def write() -> None:
+            if self.replaces:
+                # Over the earlier one: there is a checkpoint at any moment, one run's or the
+                # other's.
+                self.save()
+                self.replaces = False
+                self.folder.clear()
+                self.folder.describe(self.config)
+                self.folder.record(metrics)
+                return
+            # The line first: one that last.pt does not know is dropped when the run goes on.
+            self.folder.record(metrics)
+            self.save()
+
+        on_main(self.world, write)
 
     def _checkpoint_bytes(self) -> int:
         """What last.pt takes, about: weights, and SGD's momentum of each."""
@@ -255,6 +274,7 @@ class Trainer:
     def _tested(self, loader: DataLoader[Any]) -> dict[str, float]:
         scores = self.test(loader)
         self.history["best_test_top1"] = max(self.history["best_test_top1"], scores.top1)
+        self.history["tested"] = self.epoch
         return {"test_top1": scores.top1, "test_top5": scores.top5}
 
     def _finish(self, last: Mapping[str, Any]) -> dict[str, Any]:
@@ -315,7 +335,8 @@ class Trainer:
             self.scaler.load_state_dict(resumed.scaler)
         torch.set_rng_state(resumed.rng)
         self.epoch = resumed.epoch
-        self.history = dict(resumed.history)
+        # Checkpoints of earlier versions were written after the test.
+        self.history = {"tested": resumed.epoch, **resumed.history}
 
     def _parallel(self) -> nn.Module:
         module: nn.Module = self.model
@@ -380,6 +401,14 @@ class Trainer:
         if self.replaces:
             left = f"the run that {self.folder.path} held is intact"
         return f"a lower --lr or a --clip-norm is the usual cure; {left}"
+
+    def left(self) -> str:
+        """What is there of the run, where it is stopped now."""
+        if self.replaces:
+            return f"no epoch was finished, and the run that {self.folder.path} held is intact"
+        if self.folder.checkpoint.is_file():
+            return "finished epochs are kept: --resume goes on"
+        return "no epoch was finished"
 
     @contextlib.contextmanager
     def _profiler(self) -> Iterator[Callable[[], None]]:

@@ -160,11 +160,11 @@ def _parser() -> argparse.ArgumentParser:
         epilog="example: cin-fast-visualize --checkpoint runs/my_run a.jpg b.jpg c.jpg",
     )
     parser.add_argument(
-        "images", nargs="+", type=Path, metavar="IMAGE",
+        "images", nargs="+", type=command.path, metavar="IMAGE",
         help="image files; the first is drawn against each of the others",
     )  # fmt: skip
     command.add_checkpoint(parser)
-    parser.add_argument("--output", type=Path, default=Path("pictures"), metavar="DIR",
+    parser.add_argument("--output", type=command.path, default=Path("pictures"), metavar="DIR",
                         help="folder of the pictures (default: pictures)")  # fmt: skip
     command.add_device(parser)
     return parser

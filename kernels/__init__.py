@@ -9,7 +9,7 @@ import torch
 
 @functools.cache
 def register() -> None:
-    """Attach the kernels to the operators that cin_fast.ops has defined.
+    """Attach the kernels to the operators that cin_fast.operators has defined.
 
     Raises:
         ImportError: if Triton cannot be imported.

@@ -47,8 +47,8 @@ def sci_backward(
     """dx and dv; with v None, dv is part of dx and empty itself."""
     dx, dv = _dense_like(x), _value_gradient(x, v)
     _run(
-        "sci_backward", x, v, dy=_pitched(dy), row_max=row_max, row_sum=row_sum,
-        delta=_delta(x), dx=dx, dv=dv, scale=scale,
+        "sci_backward", x, v, dy=_pitched(dy), row_max=row_max.contiguous(),
+        row_sum=row_sum.contiguous(), delta=_delta(x), dx=dx, dv=dv, scale=scale,
     )  # fmt: skip
     return dx, dv
 
@@ -79,7 +79,7 @@ def cci_after_sci(
     y = _dense_like(v)
     _run(
         "cci_after_sci", x, v, partner=partner.contiguous(), eta=eta.contiguous(), y=y,
-        row_max=row_max, row_sum=row_sum, scale=scale,
+        row_max=row_max.contiguous(), row_sum=row_sum.contiguous(), scale=scale,
     )  # fmt: skip
     return y, x.new_empty(0)
 
@@ -101,8 +101,8 @@ def cci_backward(
     deta = _delta(x)
     _run(
         "cci_backward", x, v, dy=_pitched(dy), partner=partner.contiguous(),
-        eta=eta.contiguous(), row_max=row_max, row_sum=row_sum, delta=_delta(x), deta=deta,
-        dx=dx, dv=dv, scale=scale,
+        eta=eta.contiguous(), row_max=row_max.contiguous(), row_sum=row_sum.contiguous(),
+        delta=_delta(x), deta=deta, dx=dx, dv=dv, scale=scale,
     )  # fmt: skip
     return dx, deta.sum(1).to(eta.dtype), dv
 

@@ -83,7 +83,7 @@ def write_list(path: Path, values: list[str]) -> None:
 
 
 def main() -> int:
-    """The command; 2 where the folder is no clone of the dataset."""
+    """The command; 2 where the folder is no whole clone of the dataset."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("clone", type=Path, help="where the dataset's repository lies")
     parser.add_argument("output", type=Path, help="the folder to write")
@@ -93,7 +93,11 @@ def main() -> int:
     if not listed.is_file():
         print(f"scripts/grocery.py: no {listed}: is that a clone?", file=sys.stderr)
         return 2
-    print(f"{options.output}: {lay_out(dataset, options.output)} photographs")
+    try:
+        print(f"{options.output}: {lay_out(dataset, options.output)} photographs")
+    except (OSError, ValueError) as error:
+        print(f"scripts/grocery.py: {error}", file=sys.stderr)
+        return 2
     return 0
 
 

@@ -84,6 +84,11 @@ def test_output_that_nobody_takes_ends_without_a_traceback(target, code):
     assert "Exception ignored" not in done.stderr
 
 
+def test_without_an_output(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    assert command.run("cin-fast-x", lambda: 0) == 0
+
+
 def test_what_another_process_says_is_not_said_again(capsys):
     def body():
         raise ElsewhereError("the main process says why")

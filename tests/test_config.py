@@ -88,6 +88,7 @@ def test_what_cannot_work_is_refused(change, message):
         ("a.yaml", "1: 2", "unknown setting 1"),
         ("a.yaml", "epochs: many", "epochs expected int, found 'many'"),
         ("a.yaml", "lr: fast", "lr expected a number, found 'fast'"),
+        ("a.yaml", f"lr: {'9' * 400}", "lr expected a number, found 999"),
         ("a.yaml", "resume: 1", "resume expected bool"),
         ("a.yaml", "- 1", "holds no settings"),
         ("a.txt", "lr: 1", r"expected .yaml, .toml or .json"),
@@ -122,6 +123,17 @@ def test_resuming_takes_the_settings_of_the_run_however_it_is_named(tmp_path):
         assert config.parse([*output, "--resume"]).lr == 0.5
         assert config.parse(output).lr == 0.001
         assert config.parse([*output, "--resume", "--lr", "0.25"]).lr == 0.25
+
+
+def test_a_path_may_begin_at_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "run").mkdir()
+    settings = TrainConfig(epochs=7, data_root="~/d").to_json()
+    (tmp_path / "run" / "settings.json").write_text(settings)
+    c = config.parse(["--output=~/run", "--resume", "--weights=~/w.pt"])
+    assert c.epochs == 7
+    paths = (c.output, c.data_root, c.weights)
+    assert paths == tuple(str(tmp_path / name) for name in ("run", "d", "w.pt"))
 
 
 def test_resuming_without_a_folder_reads_no_settings_that_lie_about(tmp_path, monkeypatch):

@@ -293,6 +293,18 @@ def test_strides_do_not_matter() -> None:
     assert same_bits(everything(x, v), everything(strided_x, strided_v))
 
 
+def test_saved_tensors_may_come_back_in_other_strides() -> None:
+    x, v = make_input("relu", (4, 33, 20)), make_input("randn", (4, 33, 5), seed=3)
+    expected = everything(x), everything(x, v)
+
+    def unpack(t: torch.Tensor) -> torch.Tensor:
+        return t.mT.contiguous().mT if t.dim() > 1 else t
+
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, unpack):
+        assert same_bits(everything(x), expected[0])
+        assert same_bits(everything(x, v), expected[1])
+
+
 def test_an_expanded_gradient() -> None:
     x = make_input("relu", (2, 9, 6)).requires_grad_()
     (grad,) = torch.autograd.grad(cin_fast.sci(x, backend="cpu").sum(), x)

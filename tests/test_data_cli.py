@@ -66,6 +66,14 @@ def test_a_folder_in_use_is_left_alone(tmp_path, capsys):
     assert (tmp_path / "mine.txt").read_text() == "mine"
 
 
+def test_a_link_to_a_new_folder_is_followed(tmp_path, capsys):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    assert synthesize(tmp_path / "link") == 0
+    assert (tmp_path / "real" / "images.txt").exists()
+    assert (tmp_path / "link").is_symlink()
+
+
 def test_folders_beside_it_are_left_alone(tmp_path):
     (tmp_path / "birds.partial").mkdir()
     (tmp_path / "birds.partial" / "mine.txt").write_text("mine")

@@ -14,6 +14,7 @@ import torch
 import cin_fast
 from cin_fast import dispatch, info, schemas
 from cin_fast.info import report
+from cin_fast.nn import CCI
 
 
 @pytest.fixture
@@ -166,11 +167,16 @@ def test_an_extension_without_a_kernel_is_refused(cpu_extension, monkeypatch):
 
 def test_an_exported_program_runs_where_backends_are_loaded(cpu_extension, tmp_path):
     class Interaction(torch.nn.Module):
-        def forward(self, x):
-            return cin_fast.sci(x)
+        def __init__(self):
+            super().__init__()
+            self.cci = CCI(5)
 
-    x = torch.randn(2, 5, 6)
-    torch.export.save(torch.export.export(Interaction(), (x,)), tmp_path / "program.pt2")
+        def forward(self, x):
+            # Operators of three modules, of which the package imports one.
+            return self.cci.pooled_pair(x, torch.arange(2) ^ 1).z_pair_BC + cin_fast.sci(x).mean()
+
+    module, x = Interaction(), torch.randn(2, 5, 6, 4)
+    torch.export.save(torch.export.export(module, (x,)), tmp_path / "program.pt2")
     torch.save(x, tmp_path / "x.pt")
     lines = (
         "import torch, cin_fast",
@@ -184,4 +190,4 @@ def test_an_exported_program_runs_where_backends_are_loaded(cpu_extension, tmp_p
         cwd=tmp_path, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert torch.equal(torch.load(tmp_path / "y.pt"), cin_fast.sci(x))
+    assert torch.equal(torch.load(tmp_path / "y.pt"), module(x))

@@ -9,7 +9,7 @@ from small_run import free_port, torchrun
 from torch import distributed as dist
 from torch import multiprocessing, nn
 
-from cin_fast.distributed import World, join, pick_device
+from cin_fast.distributed import World, join, on_main, pick_device
 from cin_fast.models import build_model
 
 
@@ -57,6 +57,22 @@ def test_two_processes_are_one_on_the_joined_batch(tmp_path):
     for name, gradient in gradients.items():
         scale = gradient.abs().max().clamp(min=1e-6)
         assert ((two[name] - gradient).abs().max() / scale) < 1e-4, name
+
+
+def one_that_may_not_write(rank, port, folder):
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
+    with join("cpu") as world:
+        try:
+            on_main(world, (folder / "missing" / "file").touch)
+        except Exception as error:
+            (folder / f"{rank}.txt").write_text(type(error).__name__)
+
+
+def test_what_stops_the_main_process_stops_all(tmp_path):
+    multiprocessing.spawn(one_that_may_not_write, (free_port(), tmp_path), nprocs=2)
+    assert (tmp_path / "0.txt").read_text() == "FileNotFoundError"
+    assert (tmp_path / "1.txt").read_text() == "ElsewhereError"
 
 
 @pytest.mark.parametrize(

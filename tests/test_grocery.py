@@ -48,6 +48,14 @@ def test_cub_reads_what_it_writes(clone: Path, repository: Path, tmp_path: Path)
         assert small.size == (235, 176)
 
 
+def test_a_clone_that_is_not_whole_is_named(clone: Path, repository: Path, tmp_path: Path) -> None:
+    (clone / "dataset" / "val" / "Fruit" / "Plum" / "Plum_001.jpg").write_text("none")
+    done = grocery(repository, clone, tmp_path / "out")
+    assert done.returncode == 2
+    assert "scripts/grocery.py: cannot identify image file" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_another_folder_is_named(repository: Path, tmp_path: Path) -> None:
     done = grocery(repository, tmp_path, tmp_path / "out")
     assert done.returncode == 2

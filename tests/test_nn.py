@@ -252,6 +252,7 @@ def test_channel_attention_takes_maps_of_its_channels_alone():
         nn.utils.weight_norm,
         nn.utils.spectral_norm,
         lambda phi: prune.l1_unstructured(phi, "weight", amount=0.5),
+        lambda phi: prune.random_unstructured(phi, "bias", amount=0.5),
     ],
 )
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated")
@@ -264,9 +265,25 @@ def test_pooled_refuses_a_weight_that_a_hook_makes(make_weight):
         partial(cci.pooled, partner=partner),
         partial(cci.pooled_pair, partner=partner),
     ):
-        with pytest.raises(ValueError, match="phi: its weight is made by a hook"):
+        with pytest.raises(ValueError, match=r"phi: its (weight|bias) is made by a hook"):
             call(x)
     assert sci(x).isfinite().all()
+
+
+def test_pooled_refuses_a_phi_that_it_is_not_the_mean_of():
+    class Doubled(nn.Conv2d):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    sci, x = SCI(6), make_map(4, 5)
+    for phi, message in (
+        (Doubled(6, 6, 3, padding=1), "phi: Doubled has a forward of its own"),
+        (nn.Conv2d(6, 6, 3, padding=1, padding_mode="circular"), "phi: expected Conv2d"),
+    ):
+        sci.phi = phi
+        with pytest.raises(ValueError, match=message):
+            sci.pooled(x)
+        assert sci(x).shape == x.shape
 
 
 def test_pooled_takes_a_parametrized_weight():

@@ -22,6 +22,7 @@ from cin_fast.data import ImageDataset
 from cin_fast.distributed import World
 from cin_fast.records import RunFolder
 from cin_fast.train import Trainer, main, train
+from cin_fast.trained import load_trained
 
 
 def weights(folder):
@@ -274,15 +275,25 @@ def test_what_is_replaced_stays_until_an_epoch_is_finished(images, tmp_path, mon
     def stopped(*_):
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patched:
-        patched.setattr(Trainer, "_step", stopped)
-        assert main([*arguments(images, tmp_path, epochs=1, seed=1), "--overwrite"]) == 130
-    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    for owner, name, broken, code, message in (
+        (Trainer, "_step", stopped, 130, "stopped; no epoch was finished, and the run that"),
+        (torch, "save", full, 2, "the one before it is intact"),
+    ):
+        with monkeypatch.context() as patched:
+            patched.setattr(owner, name, broken)
+            assert main([*arguments(images, tmp_path, epochs=1, seed=1), "--overwrite"]) == code
+        assert message in capsys.readouterr().err
+        assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    (tmp_path / "evaluation").mkdir()
     assert main([*arguments(images, tmp_path, epochs=2, seed=1), "--overwrite"]) == 0
     assert checkpoints.load(tmp_path / "last.pt").settings["seed"] == 1
     assert json.loads((tmp_path / "settings.json").read_text())["seed"] == 1
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
     assert len(list((tmp_path / "tensorboard").iterdir())) == 1
+    assert not (tmp_path / "evaluation").exists()
 
 
 def test_a_test_that_fails_costs_no_epoch(images, tmp_path, monkeypatch, capsys):
@@ -298,8 +309,16 @@ def test_a_test_that_fails_costs_no_epoch(images, tmp_path, monkeypatch, capsys)
     assert checkpoints.load(parts / "last.pt").epoch == 1
     assert main(["--output", str(parts), "--resume", "--skip-bad-images"]) == 0
     assert same(weights(parts), weights(whole))
-    lines = [json.loads(s) for s in (parts / "metrics.jsonl").read_text().splitlines()]
-    assert ["test_top1" in line for line in lines] == [False, True]
+    # The test is made up for.
+    lines = [
+        [json.loads(s) for s in (folder / "metrics.jsonl").read_text().splitlines()]
+        for folder in (parts, whole)
+    ]
+    for line, expected in zip(*lines, strict=True):
+        assert line["test_top1"] == expected["test_top1"]
+        assert line.keys() == expected.keys()
+    best = [checkpoints.load(folder / "last.pt").history for folder in (parts, whole)]
+    assert best[0]["best_test_top1"] == best[1]["best_test_top1"]
 
 
 @pytest.mark.parametrize(("owner", "name"), [(RunFolder, "record"), (Trainer, "save")])
@@ -357,6 +376,36 @@ def test_a_kill_between_checkpoint_and_hash_leaves_both_right(four_epochs, tmp_p
                 checkpoints.save(path, dataclasses.replace(one, epoch=renamed + 4))
         # The hash comes first, and names both; then the checkpoint.
         assert checkpoints.load(path).epoch == (4 if renamed == 1 else 6)
+
+
+def test_a_checkpoint_outlives_two_kills_after_its_hash(four_epochs, tmp_path, monkeypatch):
+    path = tmp_path / "last.pt"
+    one = checkpoints.load(four_epochs / "last.pt")
+    checkpoints.save(path, one)
+    replace = os.replace
+
+    def the_hash_alone(source, target):
+        if target == path:
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    for epoch in (5, 6):
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "replace", the_hash_alone)
+            with pytest.raises(KeyboardInterrupt):
+                checkpoints.save(path, dataclasses.replace(one, epoch=epoch))
+        assert checkpoints.load(path).epoch == 4
+    checkpoints.save(path, one)
+    assert len((tmp_path / "last.pt.sha256").read_text().splitlines()) == 1
+
+
+def test_what_was_asked_of_the_folder_does_not_come_back(four_epochs, tmp_path):
+    one = checkpoints.load(four_epochs / "last.pt")
+    assert not {"resume", "overwrite"} & set(one.settings)
+    # Earlier versions recorded both, and allowed both at once.
+    both = dataclasses.replace(one, settings=one.settings | {"resume": True, "overwrite": True})
+    checkpoints.save(tmp_path / "last.pt", both)
+    assert load_trained(tmp_path).config.epochs == 4
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(images, tmp_path, capsys, monkeypatch):

@@ -42,7 +42,7 @@ def _parser() -> argparse.ArgumentParser:
 def _add_root(parser: argparse.ArgumentParser, what: str) -> None:
     parser.add_argument(
         "--data-root",
-        type=Path,
+        type=command.path,
         metavar="DIR",
         help=f"{what} (default: ${ROOT_VARIABLE}, then ./data)",
     )
@@ -89,7 +89,10 @@ def _add_download(commands: _Commands) -> None:
     _add_root(parser, "where to put it")
     parser.add_argument("--url", metavar="URL", help="a mirror; the checksum stays the same")
     parser.add_argument(
-        "--archive", type=Path, metavar="FILE", help="unpack this copy of the archive instead"
+        "--archive",
+        type=command.path,
+        metavar="FILE",
+        help="unpack this copy of it instead",
     )
     parser.add_argument(
         "--keep-archive", action="store_true", help="do not remove the archive after unpacking"
@@ -165,7 +168,7 @@ def _add_synthesize(commands: _Commands) -> None:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument(
-        "--output", type=Path, required=True, metavar="DIR", default=argparse.SUPPRESS,
+        "--output", type=command.path, required=True, metavar="DIR", default=argparse.SUPPRESS,
         help="a new folder",
     )  # fmt: skip
     parser.add_argument("--layout", choices=LAYOUTS, default="cub", help="how it is laid out")
@@ -185,7 +188,7 @@ def _add_synthesize(commands: _Commands) -> None:
 
 
 def _synthesize(arguments: argparse.Namespace) -> int:
-    command.writable_folder(arguments.output.parent)
+    command.writable_folder(arguments.output.resolve().parent)
     count = synthesize(
         arguments.output,
         layout=arguments.layout,

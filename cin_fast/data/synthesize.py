@@ -65,6 +65,8 @@ def synthesize(
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise DataError(f"{output} is in use: name a folder that is new or empty")
     images = list(_plan(classes, images_per_class, seed))
+    # What a link names is made and renamed, not the link.
+    output = output.resolve()
     output.parent.mkdir(parents=True, exist_ok=True)
     # Written beside it and renamed, so that a folder of that name is always whole.
     with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as scratch:

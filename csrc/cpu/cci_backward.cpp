@@ -278,6 +278,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> cci_backward(
   const at::Tensor our_dy = elements(isa, dy), wide_eta = wide(eta);
   const at::Tensor our_y = is_coarse(x) ? y : elements(isa, y);
   const at::Tensor our_b = is_coarse(x) ? b : elements(isa, b);
+  const at::Tensor our_argmax = row_argmax.contiguous(), our_sum = row_sum.contiguous();
   at::Tensor dx = at::empty_like(our_x);
   at::Tensor dv = v ? at::empty_like(our_v) : at::empty({0}, our_x.options());
   at::Tensor deta = at::empty_like(wide_eta);
@@ -289,8 +290,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> cci_backward(
                                  .b = is_coarse(x) ? nullptr : our_b.const_data_ptr(),
                                  .sci_dy = nullptr,
                                  .sci_y = nullptr,
-                                 .row_argmax = row_argmax.const_data_ptr<float>(),
-                                 .row_sum = row_sum.const_data_ptr<float>(),
+                                 .row_argmax = our_argmax.const_data_ptr<float>(),
+                                 .row_sum = our_sum.const_data_ptr<float>(),
                                  .dv = v ? dv.mutable_data_ptr() : nullptr,
                                  .dx = dx.mutable_data_ptr(),
                                  .deta = deta.mutable_data_ptr<float>()};

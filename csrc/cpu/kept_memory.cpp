@@ -70,9 +70,9 @@ class Keeper {
 
  private:
   static Piece fresh(size_t bytes) {
-    void* start = std::aligned_alloc(kHugePage, bytes);
-    TORCH_CHECK(start, "no memory for ", bytes, " bytes of scratch or gradient");
-    const Piece piece{start, bytes};
+    Piece piece{nullptr, bytes};
+    TORCH_CHECK(posix_memalign(&piece.start, kHugePage, bytes) == 0, "no memory for ", bytes,
+                " bytes of scratch or gradient");
     ask_for_huge_pages(piece);
     return piece;
   }

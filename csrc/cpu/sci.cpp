@@ -408,6 +408,7 @@ std::tuple<at::Tensor, at::Tensor> sci_backward(const at::Tensor& dy, const at::
   const Kernels& isa = kernels_for(x);
   const at::Tensor our_x = elements(isa, x), our_v = v ? elements(isa, *v) : our_x;
   const at::Tensor our_dy = elements(isa, dy), our_y = elements(isa, y);
+  const at::Tensor our_argmax = row_argmax.contiguous(), our_sum = row_sum.contiguous();
   const bool is_whole = x.scalar_type() == at::kFloat;
   if (!is_whole) check_shape("cpu_sci_backward", "y_rest", y_rest, dy.sizes());
   const at::Tensor our_rest = is_whole ? y_rest : elements(isa, y_rest);
@@ -419,8 +420,8 @@ std::tuple<at::Tensor, at::Tensor> sci_backward(const at::Tensor& dy, const at::
                             .v = our_v.const_data_ptr(),
                             .y = is_whole && has_few_channels(x) ? nullptr : our_y.const_data_ptr(),
                             .y_rest = is_whole ? nullptr : our_rest.const_data_ptr(),
-                            .row_argmax = row_argmax.const_data_ptr<float>(),
-                            .row_sum = row_sum.const_data_ptr<float>()};
+                            .row_argmax = our_argmax.const_data_ptr<float>(),
+                            .row_sum = our_sum.const_data_ptr<float>()};
   if (x.size(0) > 0)
     Backward(isa, shape, static_cast<float>(scale), in, dx.mutable_data_ptr(),
              v ? dv.mutable_data_ptr() : nullptr)

@@ -198,12 +198,14 @@ std::tuple<Tensor, Tensor> sci_backward(const Tensor& dy, const Tensor& x,
   STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float || y_rest.numel() == y.numel(),
                   "cin_fast cuda: y_rest: expected y's shape");
   const Tensor our_y = torch::stable::contiguous(y), our_rest = torch::stable::contiguous(y_rest);
+  const Tensor our_max = torch::stable::contiguous(row_max);
+  const Tensor our_sum = torch::stable::contiguous(row_sum);
   Tensor dx = call.empty(shape_of(x), x.scalar_type());
   Tensor dv = call.empty(v ? shape_of(*v) : std::vector<int64_t>{0}, x.scalar_type());
   check(cin_fast::sci_backward(
             call.context, dtype_of(x), shape(x, v), static_cast<float>(scale),
             {view(dy), view(x), view(v), const_data<void>(our_y), const_data<void>(our_rest),
-             const_data<float>(row_max), const_data<float>(row_sum), data<void>(dx),
+             const_data<float>(our_max), const_data<float>(our_sum), data<void>(dx),
              v ? data<void>(dv) : nullptr}),
         "sci_backward");
   return {dx, dv};
@@ -237,9 +239,11 @@ std::tuple<Tensor, Tensor> cci_after_sci(const Tensor& x, const Tensor& partner,
                                          const Tensor& row_sum, double scale) {
   Call call(x);
   Tensor y = call.empty(shape_of(v), x.scalar_type());
+  const Tensor our_max = torch::stable::contiguous(row_max);
+  const Tensor our_sum = torch::stable::contiguous(row_sum);
   // Only read.
-  float* peaks = const_cast<float*>(const_data<float>(row_max));
-  float* sums = const_cast<float*>(const_data<float>(row_sum));
+  float* peaks = const_cast<float*>(const_data<float>(our_max));
+  float* sums = const_cast<float*>(const_data<float>(our_sum));
   cci_forward(call, x, partner, eta, v, scale, y, peaks, sums, true);
   return {y, call.empty({0}, x.scalar_type())};
 }
@@ -255,10 +259,12 @@ std::tuple<Tensor, Tensor, Tensor> cci_backward(const Tensor& dy, const Tensor& 
   Tensor dv = call.empty(v ? shape_of(*v) : std::vector<int64_t>{0}, x.scalar_type());
   const Tensor partners = torch::stable::contiguous(partner);
   const Tensor etas = torch::stable::contiguous(eta);
+  const Tensor our_max = torch::stable::contiguous(row_max);
+  const Tensor our_sum = torch::stable::contiguous(row_sum);
   check(cin_fast::cci_backward(
             call.context, dtype_of(x), shape(x, v), static_cast<float>(scale),
             {view(dy), view(x), view(v), const_data<int64_t>(partners), const_data<float>(etas),
-             const_data<float>(row_max), const_data<float>(row_sum), data<void>(dx),
+             const_data<float>(our_max), const_data<float>(our_sum), data<void>(dx),
              v ? data<void>(dv) : nullptr, data<float>(deta)}),
         "cci_backward");
   return {dx, deta, dv};
