@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from strides import other_strides
 from torch import Tensor
 
 from cin_fast import dispatch, ops
@@ -14,6 +15,8 @@ from cin_fast.testing import (
     check_cci,
     check_pair,
     check_sci,
+    evaluate_cci,
+    evaluate_sci,
     make_input,
     make_pair_inputs,
     make_pairs,
@@ -118,6 +121,23 @@ def test_rows_with_one_weight(
     ):
         x, v, dy = draw("randn", shape, columns, dtype, device)
         check_sci("cuda", x * factor, v, dy, scale)
+
+
+@pytest.mark.parametrize("columns", [None, 9])
+def test_saved_tensors_may_come_back_in_other_strides(
+    device: torch.device, columns: int | None
+) -> None:
+    x, v, dy = draw("relu", (4, 100, 49), columns, torch.bfloat16, device)
+    partner, eta = make_pairs(4, device)
+
+    def everything() -> list[Tensor]:
+        one = evaluate_sci(x, v, dy, backend="cuda")
+        other = evaluate_cci(x, partner, eta, v, dy, backend="cuda")
+        return [*one.results.values(), *other.results.values()]
+
+    expected = everything()
+    with other_strides():
+        assert all(map(torch.equal, everything(), expected))
 
 
 def test_same_bits_on_any_stream_and_in_a_graph(device: torch.device) -> None:
