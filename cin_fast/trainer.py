@@ -223,22 +223,18 @@ class Trainer:
         """Write an epoch's line and last.pt; the first of a run takes an earlier one's place."""
         self.history["seconds"] += seconds - metrics.get("seconds", 0.0)
         metrics["seconds"] = seconds
+        if self.replaces:
+            # There is a checkpoint at any moment, one run's or the other's.
+            on_main(self.world, self.save)
+            self.replaces = False
+            on_main(self.world, self._begin_anew)
+        # The line first: one that last.pt does not know is dropped when the run goes on.
+        on_main(self.world, lambda: self.folder.record(metrics))
+        on_main(self.world, self.save)
 
-        def write() -> None:
-            if self.replaces:
-                # Over the earlier one: there is a checkpoint at any moment, one run's or the
-                # other's.
-                self.save()
-                self.replaces = False
-                self.folder.clear()
-                self.folder.describe(self.config)
-                self.folder.record(metrics)
-                return
-            # The line first: one that last.pt does not know is dropped when the run goes on.
-            self.folder.record(metrics)
-            self.save()
-
-        on_main(self.world, write)
+    def _begin_anew(self) -> None:
+        self.folder.clear()
+        self.folder.describe(self.config)
 
     def _checkpoint_bytes(self) -> int:
         """What last.pt takes, about: weights, and SGD's momentum of each."""
