@@ -13,7 +13,7 @@ from operators import Problem, entry
 from rivals import cci_rivals, eager_cci
 from torch import Tensor
 
-from cin_fast.cost import sci_flops
+from cin_fast.flops import sci_flops
 from cin_fast.testing import ORDERS, in_order, make_input, make_pairs
 
 

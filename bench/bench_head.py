@@ -11,7 +11,7 @@ from compare import Entry, Work
 from operators import Problem, entry
 from rivals import eager_head, head_rivals, pooled_head
 
-from cin_fast.cost import sci_flops
+from cin_fast.flops import sci_flops
 from cin_fast.testing import make_input
 
 RIVALS = {rival.name: rival for rival in head_rivals()}

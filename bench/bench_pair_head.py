@@ -14,8 +14,8 @@ from compare import Entry, LeftOut, Work
 from rivals import why_not_ours
 from torch import Tensor, nn
 
-from cin_fast.cost import sci_flops
 from cin_fast.dispatch import BACKENDS
+from cin_fast.flops import sci_flops
 from cin_fast.nn import CCI, SCI
 from cin_fast.testing import ORDERS, Standard, assert_exact_as_torch, draw_order, make_input
 

@@ -11,7 +11,7 @@ from compare import Entry, Work
 from operators import Problem, entry
 from rivals import eager_sci, sci_rivals
 
-from cin_fast.cost import sci_flops
+from cin_fast.flops import sci_flops
 from cin_fast.testing import make_input
 
 RIVALS = {rival.name: rival for rival in sci_rivals()}

@@ -42,7 +42,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import cin_fast
 from cin_fast import dispatch
-from cin_fast.cost import sci_flops
+from cin_fast.flops import sci_backward_flops, sci_flops
 from cin_fast.testing import make_input, make_pairs, make_psi
 
 BACKENDS, THIN, ROUNDS, TRACED = ("cuda", "triton"), 9, 12, 6
@@ -121,10 +121,10 @@ def cci(x: Tensor, *more: Tensor, backend: str) -> Tensor:
 
 
 def flops(case: Case, columns: int) -> dict[str, int]:
-    """Products as written: those of x x^T and W v forward; 3 L and 2 K columns more backward."""
+    """Products as written."""
     x, v = ((case.batch, case.channels, width) for width in (case.positions, columns))
     forward = sci_flops(x, v)
-    return {"forward": forward, "both": 3 * forward + sci_flops(x, (*v[:2], 0))}
+    return {"forward": forward, "both": forward + sci_backward_flops(x, v)}
 
 
 def rows(subject: Subject, commit: str) -> tuple[list[Any], list[Any]]:

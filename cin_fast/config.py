@@ -58,7 +58,7 @@ class TrainConfig:
         "resnet50", "model", "resnet18/34/50/101/152, vgg19 and its kin, or any timm name"
     )
     weights: str = _setting(
-        "imagenet", "model", "what the backbone starts from: imagenet, none, FILE"
+        "imagenet", "model", "what the backbone starts from: imagenet, none, FILE, RUN"
     )
     embedding_dim: int = _setting(512, "model", "r of Eq. 8: dimensions that pairs are compared in")
     pooled: bool = _setting(

@@ -4,25 +4,12 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-
-from cin_fast import thin
-from cin_fast.dispatch import BACKENDS
-
-_Shape = Sequence[int]
-
-
-def sci_flops(x_BCL: _Shape, v_BCK: _Shape | None = None) -> int:
-    """Multiplications and additions of the two products of ``softmax(scale * x x^T) v``."""
-    batch, channels, positions = x_BCL
-    columns = positions if v_BCK is None else v_BCK[2]
-    return 2 * batch * channels**2 * (positions + columns)
 
 
 def parameters(model: nn.Module) -> int:
@@ -34,13 +21,8 @@ def parameters(model: nn.Module) -> int:
 def model_flops(model: nn.Module, image_size: int, device: torch.device) -> int:
     """Floating-point operations of one image's inference: two for a multiply-add."""
     image = torch.zeros(1, 3, image_size, image_size, device=device)
-    ours: dict[Any, Any] = dict.fromkeys(_sci_operators(), _count_sci)
-    ours[thin.OPERATOR] = _count_thin_linear
     # The counter knows the products that attention is made of, not every fused form of it.
-    with (
-        FlopCounterMode(display=False, custom_mapping=ours) as counter,
-        sdpa_kernel(SDPBackend.MATH),
-    ):
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model.eval()(image)
     return counter.get_total_flops()
 
@@ -79,18 +61,3 @@ def _milliseconds(model: nn.Module, images: Tensor) -> float:
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def _sci_operators() -> Iterator[Any]:
-    for backend in BACKENDS:
-        for stem in ("sci", "sci_values"):
-            if hasattr(torch.ops.cin_fast, f"{backend}_{stem}"):
-                yield getattr(torch.ops.cin_fast, f"{backend}_{stem}")
-
-
-def _count_sci(x: _Shape, v: _Shape | None, *_: Any, **__: Any) -> int:
-    return sci_flops(x, v)
-
-
-def _count_thin_linear(a: _Shape, w: _Shape, *_: Any, **__: Any) -> int:
-    return 2 * a[0] * a[1] * w[0]

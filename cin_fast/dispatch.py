@@ -116,6 +116,18 @@ def transformed(*tensors: Tensor | None) -> bool:
     return any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
 
 
+def exported(backend: str) -> bool:
+    """Whether a program is traced for where the operators are unknown: the definition serves there.
+
+    ONNX knows none of them. A program of torch.export or torch.jit keeps a backend's own, but not
+    those of the reference, which are asked for to do without this package.
+    """
+    tracing = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    if not (tracing or torch.compiler.is_exporting()):
+        return False
+    return backend == "reference" or torch.onnx.is_in_onnx_export()
+
+
 def autocast_enabled(x: Tensor) -> bool:
     """Whether autocast rounds what goes into an operator on this tensor's device."""
     # The meta device knows no autocast, and asking it is an error.

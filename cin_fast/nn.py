@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.fx
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
@@ -22,6 +23,10 @@ from cin_fast.pair import pair_columns
 from cin_fast.thin import thin_linear
 
 _CENTRE_TAP = 4
+
+# torch.fx traces the modules below and takes these for steps of its graph.
+torch.fx.wrap("sci")
+torch.fx.wrap("_check_map")
 
 
 class PooledSCI(NamedTuple):
@@ -234,7 +239,8 @@ class ChannelAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """A map of x's shape, (B, C, H, W)."""
         _check_map(x, self.in_dim)
-        return self.gamma * sci(x, scale=self.scale, backend=self.backend) + x
+        # x first: its memory format is the result's.
+        return x + self.gamma * sci(x, scale=self.scale, backend=self.backend)
 
     def extra_repr(self) -> str:
         return f"scale={self.scale}"

@@ -51,8 +51,7 @@ def sci(
     x, v = as_autocast(x, v)
     scale = as_number("scale", scale)
     x_BCL, v_BCK = flat_map(x), None if v is None else flat_map(v)
-    if dispatch.transformed(x, v):
-        _require_definition(backend)
+    if _definition_serves(backend, x, v):
         y_BCK = reference.sci(x_BCL, x_BCL if v_BCK is None else v_BCK, scale)
     else:
         name = pick_backend(x, backend)
@@ -99,8 +98,7 @@ def cci(
     eta = eta.to(torch.promote_types(x.dtype, torch.float32))
     partner = partner.to(x.device, non_blocking=True)
     x_BCL, v_BCK = flat_map(x), None if v is None else flat_map(v)
-    if dispatch.transformed(x, v, eta):
-        _require_definition(backend)
+    if _definition_serves(backend, x, v, eta):
         y_BCK = reference.cci(x_BCL, partner, eta, x_BCL if v_BCK is None else v_BCK, scale)[0]
     else:
         name = pick_backend(x, backend)
@@ -144,7 +142,7 @@ def tap_means(x: Tensor, *, backend: str | None = None) -> Tensor:
     if x.dim() != 4:
         raise ValueError(f"x: expected (B, C, H, W), found shape {tuple(x.shape)}")
     name = pick_backend(x, backend)
-    if dispatch.transformed(x):
+    if dispatch.transformed(x) or dispatch.exported(name):
         return reference.tap_means(x)
     compiled = (one for one in ("cpu", "cuda") if not dispatch.why_not(x, one))
     backend = name if name == "reference" else next(compiled, "reference")
@@ -188,8 +186,12 @@ def pick_backend(x: Tensor, backend: str | None) -> str:
     return dispatch.choose(x) if backend is None else dispatch.require(x, backend)
 
 
-def _require_definition(backend: str | None) -> None:
+def _definition_serves(backend: str | None, x: Tensor, *others: Tensor | None) -> bool:
+    """Whether plain PyTorch has to run, and no operator."""
+    if not dispatch.transformed(x, *others):
+        return dispatch.exported(pick_backend(x, backend))
     if backend not in (None, "reference"):
         raise ValueError(
             f"backend: {backend!r} cannot run under forward-mode AD or torch.func: 'reference' can"
         )
+    return True

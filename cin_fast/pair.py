@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cin_fast import arguments, dispatch, operators, ops, reference, schemas
+from cin_fast import arguments, dispatch, flops, operators, ops, reference, schemas
 from cin_fast.operators import operator_of
 
 
@@ -66,7 +66,7 @@ def pair_columns(
     name = ops.pick_backend(x, backend)
     on_device = partner.to(x.device, non_blocking=True)
     inputs = (arguments.flat_map(x), on_device, psi_weight, psi_bias, cast_v, mean, scale)
-    if not dispatch.transformed(x, cast_v, psi_weight, psi_bias):
+    if not (dispatch.transformed(x, cast_v, psi_weight, psi_bias) or dispatch.exported(name)):
         if name == "cpu":
             y_BCK, y_pair_BCK, *_ = torch.ops.cin_fast.cpu_pair(*inputs)
             return y_BCK, y_pair_BCK
@@ -189,6 +189,7 @@ def _gradient(ctx: Any, dy: Tensor, dy_pair: Tensor, *_: Any) -> tuple[Any, ...]
 def _register() -> None:
     for stem, schema in (schemas.PAIR | schemas.AFTER_SCI | schemas.PAIR_SWEEP).items():
         torch.library.define(f"cin_fast::cpu_{stem}", schema, tags=(torch.Tag.pt2_compliant_tag,))
+        flops.register("cpu", stem)
     for stem, function, fake in (
         ("pair", partial(_forward, "cpu"), _forward_fake),
         ("pair_backward", _backward, _backward_fake),

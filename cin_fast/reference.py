@@ -17,7 +17,8 @@ from cin_fast.autocast import as_written
 def sci_weights(x_BCL: Tensor, scale: float) -> Tensor:
     """W = softmax(scale * x x^T) over the last axis (Eq. 2): (B, C, C), at least float32."""
     wide = x_BCL.to(torch.promote_types(x_BCL.dtype, torch.float32))
-    return torch.softmax(scale * (wide @ wide.mT), dim=-1)
+    # Not mT, which the older of torch's ways to ONNX does not know.
+    return torch.softmax(scale * (wide @ wide.transpose(1, 2)), dim=-1)
 
 
 @as_written

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cin_fast import dispatch, schemas
+from cin_fast import dispatch, flops, schemas
 
 
 def thin_linear(
@@ -39,7 +39,8 @@ def _has_kernel(a: Tensor, w: Tensor) -> bool:
         return False
     if dispatch.transformed(a, w) or dispatch.autocast_enabled(a):
         return False
-    return dispatch.choose(a) == "cpu"
+    name = dispatch.choose(a)
+    return name == "cpu" and not dispatch.exported(name)
 
 
 def _linear_fake(a: Tensor, w: Tensor) -> Tensor:
@@ -97,8 +98,9 @@ def _register() -> None:
         torch.library.define(name, schema, tags=(torch.Tag.pt2_compliant_tag,))
         torch.library.register_fake(name, fake)
         torch.library.register_autograd(name, gradient, setup_context=_save)
+        flops.register("cpu", stem)
 
 
 _register()
-# For those who count operations, or export a model to plain PyTorch.
+# For those who export a model to plain PyTorch.
 OPERATOR = torch.ops.cin_fast.cpu_thin_linear

@@ -88,8 +88,10 @@ class Trainer:
         )
         self.schedule = StepLR(self.optimizer, config.lr_step, config.lr_decay)
         self.epoch = 0
-        # Of the test: the last epoch that had one.
-        self.history = {"best_test_top1": 0.0, "seconds": 0.0, "tested": 0}
+        # tested: the last epoch that was.
+        self.history = {
+            "best_test_top1": 0.0, "seconds": 0.0, "tested": 0, "processes": world.size,
+        }  # fmt: skip
         if resumed is not None:
             self._restore(resumed)
         if self.epoch < config.epochs:
@@ -158,7 +160,7 @@ class Trainer:
         pending: tuple[Tensor, Tensor] | None = None
         bar = tqdm(
             loader, f"epoch {self.epoch + 1}/{self.config.epochs}", unit="batch",
-            leave=False, disable=not self.world.main,
+            leave=False, disable=self._hides_bars(),
         )  # fmt: skip
         with self._profiler() as profiled:
             for images, labels, indices in bar:
@@ -199,8 +201,12 @@ class Trainer:
 
     def test(self, loader: DataLoader[Any]) -> Scores:
         """Scores over the whole test set, shared by all processes."""
-        bar = tqdm(loader, "testing", unit="batch", leave=False, disable=not self.world.main)
+        bar = tqdm(loader, "testing", unit="batch", leave=False, disable=self._hides_bars())
         return score(self.model, bar, len(self.classes), self.device, self._autocast())
+
+    def _hides_bars(self) -> bool | None:
+        # None: where nobody looks, as in a file.
+        return None if self.world.main else True
 
     def save(self) -> None:
         """Write last.pt."""
@@ -301,7 +307,7 @@ class Trainer:
             len(self.classes),
             config.backbone,
             # A resumed run takes its weights from the checkpoint.
-            config.weights if fresh else "none",
+            _weights(config) if fresh else "none",
             pooled=config.pooled,
             embedding_dim=config.embedding_dim,
             backend=config.model_backend,
@@ -323,6 +329,12 @@ class Trainer:
             raise CheckpointError(
                 f"--resume: {path} knows {resumed.num_classes} classes, the dataset has "
                 f"{len(self.classes)}, or the same under other names"
+            )
+        processes = resumed.history.get("processes", self.world.size)
+        if processes != self.world.size:
+            raise CheckpointError(
+                f"--resume: {path} was trained by {processes} processes, not {self.world.size}: "
+                "each has a batch of its own"
             )
         checkpoints.load_weights(self.model, resumed.model, path)
         self.optimizer.load_state_dict(resumed.optimizer)
@@ -419,6 +431,12 @@ class Trainer:
             on_trace_ready=lambda profiler: profiler.export_chrome_trace(str(path)),
         ) as profiler:
             yield profiler.step
+
+
+def _weights(config: TrainConfig) -> str:
+    """``--weights``, where a run's folder means its checkpoint."""
+    folder = Path(config.weights)
+    return str(folder / checkpoints.LAST) if folder.is_dir() else config.weights
 
 
 def _dataset(config: TrainConfig, *, train: bool) -> ImageDataset:

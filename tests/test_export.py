@@ -9,10 +9,12 @@ import pytest
 import torch
 from PIL import Image
 from small_run import arguments
+from torch import nn
 
 from cin_fast.data.synthetic import SyntheticBirds
 from cin_fast.export import ExportError, check_onnx, export_onnx, export_program, main
 from cin_fast.models import build_model
+from cin_fast.nn import CCI, SCI, ChannelAttention
 from cin_fast.train import main as train
 from cin_fast.trained import load_trained
 
@@ -78,6 +80,43 @@ def test_other_methods_become_onnx(run, pictures, tmp_path, method):
     trained = replace(trained, model=model, config=replace(trained.config, method=method))
     export_onnx(trained, tmp_path / "model.onnx")
     assert check_onnx(trained, tmp_path / "model.onnx", pictures) < 1e-4
+
+
+class SomebodysNetwork(nn.Module):
+    def __init__(self, backend=None):
+        super().__init__()
+        self.stem, self.attention = nn.Conv2d(3, 8, 3), ChannelAttention(8, backend=backend)
+        self.sci = SCI(8, backend=backend)
+        self.cci = CCI(8, phi=self.sci.phi, backend=backend)
+        nn.init.ones_(self.attention.gamma)
+
+    def forward(self, images):
+        x = self.sci(self.attention(torch.relu(self.stem(images))))
+        partner = torch.tensor([1, 0])
+        z, z_pair = self.cci.pooled_pair(x, partner)
+        return z + z_pair + self.sci.pooled(x).z_BC + self.cci(x, partner).mean((2, 3))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dynamo", [True, False])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_a_network_with_our_modules_becomes_onnx(tmp_path, dynamo):
+    onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    pytest.importorskip("onnxscript", reason="onnxscript is not installed")
+    net, images, path = SomebodysNetwork().eval(), torch.randn(2, 3, 9, 10), tmp_path / "net.onnx"
+    torch.onnx.export(net, (images,), path, dynamo=dynamo, input_names=["images"])
+    (found,) = onnxruntime.InferenceSession(path).run(None, {"images": images.numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), net(images), rtol=1e-4, atol=1e-5)
+
+
+def test_on_the_reference_an_exported_network_has_no_operator_of_ours():
+    images = torch.randn(2, 3, 9, 10)
+    for backend, ours in (("reference", False), (None, True)):
+        net = SomebodysNetwork(backend).eval()
+        program = torch.export.export(net, (images,))
+        names = [str(node.target) for node in program.graph.nodes]
+        assert any("cin_fast" in name for name in names) == ours
+        torch.testing.assert_close(program.module()(images), net(images))
 
 
 def test_what_onnx_cannot_hold_is_one_line(run, tmp_path, monkeypatch):

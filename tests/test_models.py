@@ -203,6 +203,32 @@ def test_a_whole_torchvision_network_is_a_weight_file(tmp_path):
     assert torch.equal(backbone.body.conv1.weight, net.conv1.weight)
 
 
+@pytest.mark.parametrize("prefix", ["module.backbone.body.", "_orig_mod.", "module.model."])
+def test_what_wrappers_put_before_the_names_is_taken_off(tmp_path, prefix):
+    donor = build_backbone("resnet18").body.state_dict()
+    torch.save({prefix + name: t for name, t in donor.items()}, tmp_path / "net.pt")
+    taken = build_backbone("resnet18", tmp_path / "net.pt").body.state_dict()
+    assert all(torch.equal(taken[name], t) for name, t in donor.items())
+
+
+@pytest.mark.parametrize("name", ["regnetx_002", "convnext_atto"])
+def test_a_whole_timm_network_is_a_weight_file(tmp_path, name):
+    timm = pytest.importorskip("timm", reason="timm is not installed")
+    # Of another number of classes than the library's.
+    net = timm.create_model(name, num_classes=7).state_dict()
+    torch.save({"state_dict": net}, tmp_path / "net.pt")
+    taken = build_backbone(name, tmp_path / "net.pt").body.state_dict()
+    held = {tuple(t.flatten()[:50].tolist()) for t in net.values()}
+    assert all(tuple(t.flatten()[:50].tolist()) in held for t in taken.values())
+    body = build_backbone(name).body.state_dict()
+    torch.save(body, tmp_path / "body.pt")
+    taken = build_backbone(name, tmp_path / "body.pt").body.state_dict()
+    assert all(torch.equal(taken[name], t) for name, t in body.items())
+    torch.save({"stem.weight": torch.zeros(1)}, tmp_path / "none.pt")
+    with pytest.raises(ValueError, match="does not fit: it lacks"):
+        build_backbone(name, tmp_path / "none.pt")
+
+
 def test_weights_that_do_not_fit_say_so(tmp_path):
     path = tmp_path / "weights.pt"
     with pytest.raises(FileNotFoundError, match=r"weights: no file .*weights\.pt"):

@@ -298,6 +298,20 @@ def test_in_somebody_elses_network():
     assert all(p.grad is not None for p in net.parameters())
 
 
+def test_torch_fx_traces_the_dense_forms():
+    net, x = nn.Sequential(ChannelAttention(6), SCI(6)).eval(), make_map(4, 5)
+    nn.init.ones_(net[0].gamma)
+    traced = torch.fx.symbolic_trace(net)
+    assert torch.equal(traced(x), net(x))
+    with pytest.raises(ValueError, match="x: expected 6 channels"):
+        traced(x[:, :5])
+
+
+def test_channel_attention_keeps_the_memory_format():
+    x = make_map(4, 5).contiguous(memory_format=torch.channels_last)
+    assert ChannelAttention(6)(x).is_contiguous(memory_format=torch.channels_last)
+
+
 def test_scale_is_the_modules():
     x, module = make_map(3, 3), ChannelAttention(scale=1.0)
     nn.init.ones_(module.gamma)

@@ -12,6 +12,7 @@ from small_run import SMALL, torchrun
 
 from cin_fast import cost, reproduce
 from cin_fast.config import TrainConfig
+from cin_fast.flops import sci_flops
 from cin_fast.models import METHODS, build_model
 from cin_fast.reproduce import ROWS, Cost, Line, comma_separated, main, markdown, parse
 from cin_fast.trainer import Trainer, TrainingError
@@ -182,7 +183,7 @@ def test_operations_are_counted_by_hand():
     device = torch.device("cpu")
     extra = cost.model_flops(sci, 64, device) - cost.model_flops(plain, 64, device)
     # At 64 pixels the map is 2 x 2: W from 4 positions, applied to 9 columns; then phi's means.
-    assert extra == cost.sci_flops((1, 512, 4), (1, 512, 9)) + 2 * 512 * 512 * 9
+    assert extra == sci_flops((1, 512, 4), (1, 512, 9)) + 2 * 512 * 512 * 9
     # ResNet-18 at 224 pixels: 1.81 G multiply-adds (He et al.), 1.82 with the last layer.
     full = build_model("plain", 1000, "resnet18").eval()
     assert cost.model_flops(full, 224, device) == pytest.approx(2 * 1.814e9, rel=2e-3)

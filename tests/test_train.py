@@ -399,6 +399,19 @@ def test_a_checkpoint_outlives_two_kills_after_its_hash(four_epochs, tmp_path, m
     assert len((tmp_path / "last.pt.sha256").read_text().splitlines()) == 1
 
 
+def test_a_run_goes_on_with_as_many_processes(four_epochs, tmp_path, capsys):
+    shutil.copytree(four_epochs, tmp_path / "run")
+    one = checkpoints.load(four_epochs / "last.pt")
+    two = dataclasses.replace(one, history=one.history | {"processes": 2})
+    checkpoints.save(tmp_path / "run" / "last.pt", two)
+    error = refusal(capsys, ["--output", str(tmp_path / "run"), "--resume", "--epochs", "5"])
+    assert "last.pt was trained by 2 processes, not 1" in error
+
+
+def test_a_runs_folder_is_a_source_of_weights(four_epochs, images, tmp_path):
+    train(configs.parse(arguments(images, tmp_path, epochs=1, weights=str(four_epochs))))
+
+
 def test_what_was_asked_of_the_folder_does_not_come_back(four_epochs, tmp_path):
     one = checkpoints.load(four_epochs / "last.pt")
     assert not {"resume", "overwrite"} & set(one.settings)

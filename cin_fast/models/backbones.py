@@ -19,7 +19,8 @@ from cin_fast.files import load_tensors
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 VGGS = ("vgg11_bn", "vgg13_bn", "vgg16", "vgg16_bn", "vgg19", "vgg19_bn")
 IMAGENET = "imagenet"
-_PREFIXES = ("backbone.body.", "features.", "module.")
+# What wrappers and whole networks put before the names of a body's weights.
+_PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.body.", "features.")
 
 
 class Backbone(nn.Module):
@@ -145,9 +146,25 @@ def _timm(name: str, source: str | None) -> Backbone:
             "file (--weights FILE) or none (--weights none)"
         ) from error
     if source is not None and not pretrained:
-        _load(body, _read(Path(source)), f"{name} from {source}")
+        body = _with_weights(name, body, source)
     info: Any = body.feature_info
     return Backbone(body, info.channels()[-1], info.reduction()[-1])
+
+
+def _with_weights(name: str, body: nn.Module, source: str) -> nn.Module:
+    """timm's body of ``name`` with a file's weights: ours of that body, or timm's whole network."""
+    import timm
+
+    state = _read(Path(source))
+    whole = timm.create_model(name, num_classes=0).state_dict()
+    if _fits(state, body.state_dict()) or not _fits(state, whole):
+        _load(body, state, f"{name} from {source}")
+        return body
+    # Many of its bodies call the network's weights by other names, which timm knows.
+    there = {"file": source}
+    return timm.create_model(
+        name, pretrained=True, features_only=True, pretrained_cfg_overlay=there
+    )
 
 
 def _state_dict(name: str, source: str) -> dict[str, Tensor]:
@@ -187,9 +204,7 @@ def _read(path: Path) -> dict[str, Tensor]:
 
 def _load(body: nn.Module, state: dict[str, Tensor], what: str) -> None:
     wanted = body.state_dict()
-    # Whole networks, ours and torchvision's VGG, keep the body's weights under a prefix.
-    prefix = next((p for p in _PREFIXES if any(key.startswith(p) for key in state)), "")
-    found = {key.removeprefix(prefix): value for key, value in state.items()}
+    found = _unwrapped(state, wanted)
     missing = [key for key in wanted if key not in found]
     wrong = [key for key in wanted if key in found and found[key].shape != wanted[key].shape]
     if missing or wrong:
@@ -199,3 +214,22 @@ def _load(body: nn.Module, state: dict[str, Tensor], what: str) -> None:
             f"the wrong shape, of {len(wanted)})"
         )
     body.load_state_dict({key: found[key] for key in wanted})
+
+
+def _unwrapped(state: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str, Tensor]:
+    """``state`` less as many prefixes as it takes to find the names of ``wanted``."""
+    while not wanted.keys() <= state.keys():
+        prefix = next((p for p in _PREFIXES if any(key.startswith(p) for key in state)), None)
+        if prefix is None:
+            break
+        state = {
+            key.removeprefix(prefix): value
+            for key, value in state.items()
+            if key.startswith(prefix)
+        }
+    return state
+
+
+def _fits(state: dict[str, Tensor], wanted: dict[str, Tensor]) -> bool:
+    found = _unwrapped(state, wanted)
+    return all(name in found and found[name].shape == t.shape for name, t in wanted.items())
