@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.export import Dim, ExportedProgram
 
 from cin_fast import command, reference, thin
+from cin_fast.data.transforms import IMAGENET_DEVIATION, IMAGENET_MEAN, resized_side
 from cin_fast.dispatch import BACKENDS
 from cin_fast.files import replacing
 from cin_fast.operators import TAP_BACKENDS
@@ -104,9 +105,18 @@ def check_onnx(trained: Trained, path: Path, images: Tensor) -> float:
 
 def _metadata(trained: Trained) -> dict[str, str]:
     config = trained.config
+    # In this order, from an RGB image of any size.
+    prepared = {
+        "resize": [resized_side(config.image_size)] * 2,
+        "center_crop": [config.image_size] * 2,
+        "divide_by": 255,
+        "mean": IMAGENET_MEAN,
+        "std": IMAGENET_DEVIATION,
+    }
     return {
         "classes": json.dumps(trained.classes),
         "image_size": str(config.image_size),
+        "preprocessing": json.dumps(prepared),
         "method": config.method,
         "backbone": config.backbone,
     }
@@ -177,7 +187,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="cin-fast-export",
         description="Write a trained model for inference elsewhere: plain matrix products and a "
-        "softmax, any number of images at once, class names inside.",
+        "softmax, any number of images at once. Class names, and how an image is prepared, stand "
+        "in its metadata (of FILE.pt2: metadata.json).",
         epilog="example: cin-fast-export runs/my_run --output birds.onnx",
     )
     command.add_checkpoint(parser, positional=True)

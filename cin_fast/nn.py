@@ -89,7 +89,12 @@ class SCI(nn.Module):
         return self.phi(sci(x, scale=self.scale, backend=self.backend)) + x
 
     def pooled(self, x: Tensor) -> PooledSCI:
-        """Spatial means of Z and Y, equal to those of the dense form."""
+        """Spatial means of Z and Y, equal to those of the dense form.
+
+        It reads phi's weight and never calls phi, so hooks of phi do not run. FSDP2 gathers a
+        module's weights for its forward alone: shard a module around this one, or call
+        ``torch.distributed.fsdp.register_fsdp_forward_method(module, "pooled")``.
+        """
         _check_map(x, self.phi.in_channels)
         _check_read(self.phi)
         v_BC9 = tap_means(x, backend=self.backend)

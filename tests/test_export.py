@@ -64,6 +64,13 @@ def test_onnxruntime_gives_the_same_logits(run, pictures, tmp_path, request):
     held = {entry.key: entry.value for entry in model.metadata_props}
     assert json.loads(held["classes"]) == list(trained.classes)
     assert held["image_size"] == "64"
+    # From the metadata alone, the picture that the model was made for.
+    how = json.loads(held["preprocessing"])
+    picture = Image.new("RGB", (90, 70), (200, 100, 50)).resize(how["resize"])
+    assert how["center_crop"] == [64, 64]
+    colour = torch.tensor(picture.getpixel((40, 40))) / how["divide_by"]
+    expected = (colour - torch.tensor(how["mean"])) / torch.tensor(how["std"])
+    torch.testing.assert_close(trained.transform(picture)[:, 32, 32], expected)
 
 
 @pytest.mark.slow
