@@ -27,6 +27,7 @@ from bench_models import ModelCase
 from cases import DEVICE, QUICK, Case, danet_case, main_case
 from compare import Comparison
 from machine import results_folder
+from results_file import spread
 
 from cin_fast.info import device_name, git_commit, versions
 
@@ -109,12 +110,23 @@ class Row:
     peak_mib: float | None
     rival_peak_mib: float | None
     rounds: int
+    spread: float
+    """Of both sides' times, added."""
 
     @property
     def verdict(self) -> str:
-        """How far the row came."""
-        reached = self.ratio.__le__ if self.overhead else self.ratio.__ge__
-        return "aim" if reached(self.aim) else "must" if reached(self.must) else "missed"
+        """How far the row came, as far as the spread lets one say."""
+        sign = -1 if self.overhead else 1
+        worst, best = (self.ratio * (1 + sign * off) for off in (-self.spread, self.spread))
+
+        def reached(bound: float, ratio: float) -> bool:
+            return sign * ratio >= sign * bound
+
+        if reached(self.aim, worst):
+            return "aim"
+        if reached(self.must, worst):
+            return "must (aim within the spread)" if reached(self.aim, best) else "must"
+        return "within the spread of must" if reached(self.must, best) else "missed"
 
     def __str__(self) -> str:
         peaks = " / ".join(
@@ -123,13 +135,13 @@ class Row:
         return (
             f"{self.name:40} {self.milliseconds:8.2f} {self.rival:>8} "
             f"{self.rival_milliseconds:8.2f} {self.ratio:6.2f} {self.must:5.2f} {self.aim:5.2f} "
-            f"{self.verdict:>6} {peaks:>13}"
+            f"{peaks:>13} {self.verdict}"
         )
 
 
 HEADING = (
     f"{'ms an image':40} {'ours':>8} {'rival':>8} {'':8} {'ratio':>6} {'must':>5} {'aim':>5} "
-    f"{'':6} {'peak MiB':>13}"
+    f"{'peak MiB':>13}"
 )
 
 
@@ -162,6 +174,7 @@ def measured_row(target: Target, comparison: Comparison) -> Row | None:
         mib(ours.peak_bytes),
         mib(rival.peak_bytes),
         len(ratios),
+        spread(ours.seconds) + spread(rival.seconds),
     )
 
 

@@ -6,11 +6,11 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from results_file import ATTENTION
+from results_file import ATTENTION, mark
 
 FUSED = ("triton", "cuda")
 _NO_RIVAL = (*FUSED, "matmul", "cpu", "reference")
@@ -30,12 +30,14 @@ operations."""
 
 @dataclass(frozen=True)
 class Group:
-    """The rivals of one operator and direction: seconds by name, and what a call computes."""
+    """The rivals of one operator and direction: what a call computes, seconds by name, and how far
+    they spread, if that was kept."""
 
     name: str
     flops: float
     dtype: str
     seconds: dict[str, float]
+    spreads: dict[str, float] = field(default_factory=dict)
 
     @property
     def title(self) -> str:
@@ -67,7 +69,7 @@ class Group:
     def row(self, peaks: Mapping[str, str]) -> tuple[str, ...]:
         """Of the README's table; ``peaks`` says what calls in both directions hold."""
         attention = self._fastest(*ATTENTION)
-        rivals = (self.times(name) for name in ("eager", "compiled", attention))
+        rivals = (self._marked(name) for name in ("eager", "compiled", attention))
         what = self.title.partition(",")[0]
         peak = peaks.get(f"{what}, {self.shape}, {self.dtype}", "-")
         return self.title, "GPU", self.ours, *rivals, peak if "backward" in self.title else "-"
@@ -77,6 +79,10 @@ class Group:
         if name not in self.seconds:
             return "-"
         return f"{self.seconds[name] / self.seconds[self.ours]:.2f}"
+
+    def _marked(self, name: str) -> str:
+        spreads = (self.spreads.get(side, 0.0) for side in (name, self.ours))
+        return (mark(*spreads) if name in self.seconds else "") + self.times(name)
 
     def milliseconds(self, name: str) -> str:
         """The median of one; ``-`` if it was not measured."""
@@ -121,7 +127,7 @@ def load(path: Path) -> GpuRun:
         steps = about.pop("steps")
         found = [step["measured"] for step in steps if step["measured"]]
         groups = [
-            Group(name, one["flops"], one["dtype"], _seconds(one["rivals"]))
+            Group(name, one["flops"], one["dtype"], *_seconds(one["rivals"]))
             for part in found
             for name, one in part["groups"].items()
         ]
@@ -138,8 +144,12 @@ def written_by(program: str, path: Path) -> Iterator[None]:
         raise ValueError(f"{path}: not written by {program} ({error!r})") from error
 
 
-def _seconds(rivals: dict[str, dict[str, float]]) -> dict[str, float]:
-    return {name: one["seconds"] for name, one in rivals.items()}
+def _seconds(rivals: dict[str, dict[str, float]]) -> tuple[dict[str, float], dict[str, float]]:
+    """Medians and spreads by name."""
+    return (
+        {name: one["seconds"] for name, one in rivals.items()},
+        {name: one["spread"] for name, one in rivals.items() if "spread" in one},
+    )
 
 
 def _best(parts: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, float]]:

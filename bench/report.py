@@ -24,12 +24,14 @@ import kernel_report  # noqa: E402
 from results_file import (  # noqa: E402
     ATTENTION,
     OURS,
+    WHAT_IS_MARKED,
     Result,
     Run,
     baseline,
     fastest,
     from_benchmark,
     load,
+    mark,
     ratios,
     save,
 )
@@ -52,7 +54,12 @@ Speed-up of cin_fast over what PyTorch users write: eager code (bmm, softmax, bm
 convolution and mean), the same under `torch.compile`, and the fastest attention over channels
 (`scaled_dot_product_attention(-x, x, x, scale=1)`, which gives the same numbers, its backends and
 FlexAttention). Medians. Unless a row says otherwise: ResNet-50's map at 448 px, on the CPU in
-float32. `-`: cannot express it, or not measured."""
+float32. Forward + backward together are called both directions below and in docs/. `-`: cannot
+express it, or not measured."""
+
+_WHAT_IS_NOT_MARKED = (
+    "Whole calls on a GPU (bench/kernel_times.py) are kept without a spread and never marked."
+)
 
 
 @dataclass(frozen=True)
@@ -197,7 +204,9 @@ def _cpu_row(line: Line, members: Sequence[Result]) -> list[tuple[str, ...]]:
 
 
 def _times(ours: Result, rival: Result | None) -> str:
-    return "-" if rival is None else f"{ratios(ours, rival)[1]:.2f}"
+    if rival is None:
+        return "-"
+    return f"{mark(ours.spread, rival.spread)}{ratios(ours, rival)[1]:.2f}"
 
 
 def _mib(result: Result) -> str:
@@ -213,9 +222,12 @@ def overheads(run: Run) -> str:
         if members[0].subject == "models" and plain is not None:
             what = group.partition(": ")[2]
             times = ", ".join(
-                f"{name} {ratios(plain, other)[1]:.3f}" for name, other in names.items()
+                f"{name} {mark(plain.spread, other.spread)}{ratios(plain, other)[1]:.3f}"
+                for name, other in names.items()
             )
             found.append(f"- {what}, time over plain ResNet-50: {times}.")
+    if any("~" in line for line in found):
+        found += ["", WHAT_IS_MARKED]
     return "\n".join(found)
 
 
@@ -225,21 +237,23 @@ def targets_caption(targets: dict[str, Any]) -> str:
     return (
         f"The CPU backend against its targets: {targets['machine']}, torch "
         f"{targets['versions']['torch']}, cin_fast {commits}. To repeat: `make bench`, or "
-        "`pytest bench/bench_cpu_targets.py --benchmark-only` for these rows alone."
+        "`pytest bench/bench_cpu_targets.py --benchmark-only` for these rows alone. A ratio's "
+        "spread is that of both sides' times, added; a bound that lies within it is neither "
+        "reached nor missed."
     )
 
 
 def targets_table(targets: dict[str, Any]) -> str:
     """What cpu_targets.json holds: the CPU backend against its targets."""
     lines = [
-        "| against its target | rival | ratio | must | aim | reached |",
-        "| --- | --- | ---: | ---: | ---: | --- |",
+        "| against its target | rival | ratio | spread | must | aim | reached |",
+        "| --- | --- | ---: | ---: | ---: | ---: | --- |",
     ]
     for row in targets["targets"]:
         sign = "≤ " if row["overhead"] else "≥ "
         lines.append(
-            f"| {row['name']} | {row['rival']} | {row['ratio']:.2f} | {sign}{row['must']:.2f} | "
-            f"{sign}{row['aim']:.2f} | {row['verdict']} |"
+            f"| {row['name']} | {row['rival']} | {row['ratio']:.2f} | {row['spread']:.0%} | "
+            f"{sign}{row['must']:.2f} | {sign}{row['aim']:.2f} | {row['verdict']} |"
         )
     return "\n".join(lines)
 
@@ -269,7 +283,9 @@ def readme_section(results: Path) -> str:
         *([] if any(line.startswith("GPU") for line in machines) else [NO_GPU]),
     ]
     table = gpu_report.markdown(HEADER, rows)
-    return _section([_WHAT_IS_COMPARED if table else "", table, *machines, *notes])
+    marked = f"{WHAT_IS_MARKED}\n{_WHAT_IS_NOT_MARKED}"
+    about = _WHAT_IS_COMPARED if table else ""
+    return _section([about, table, marked if "~" in table else "", *machines, *notes])
 
 
 def _gpu_rows(path: Path) -> tuple[list[tuple[str, ...]], str]:

@@ -11,6 +11,10 @@ from typing import Any
 
 OURS = ("cpu", "matmul", "triton", "cuda")
 ATTENTION = ("sdpa", "sdpa-flash", "sdpa-efficient", "sdpa-cudnn", "flex")
+# A ratio whose two sides' spreads add up to more is marked.
+WIDE = 0.15
+WHAT_IS_MARKED = f"""`~`: uncertain, as the spreads of both sides' times (half the distance between
+quartiles, over the median) add up to more than {WIDE:.0%}."""
 # Loaders are compared with the first of their group, models with the plain backbone.
 _BASELINE = {"models": "resnet50", "loading": "in the main process"}
 
@@ -39,9 +43,8 @@ class Result:
 
     @property
     def spread(self) -> float:
-        """Half the distance between the quartiles, over the median."""
-        low, _, high = quartiles(self.microseconds)
-        return (high - low) / 2 / statistics.median(self.microseconds)
+        """As :func:`spread` says."""
+        return spread(self.microseconds)
 
     @property
     def flops_per_second(self) -> float:
@@ -91,6 +94,12 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
     return low, middle, high
 
 
+def spread(values: Sequence[float]) -> float:
+    """Half the distance between the quartiles, over the median."""
+    low, middle, high = quartiles(values)
+    return (high - low) / 2 / middle
+
+
 def ratios(ours: Result, rival: Result) -> tuple[float, float, float]:
     """How many times as fast ours is: quartiles over the rounds that both took part in.
 
@@ -99,6 +108,11 @@ def ratios(ours: Result, rival: Result) -> tuple[float, float, float]:
     """
     pairs = zip(rival.microseconds, ours.microseconds, strict=False)
     return quartiles([theirs / own for theirs, own in pairs])
+
+
+def mark(*spreads: float) -> str:
+    """What stands before a ratio of two times with these spreads."""
+    return "~" if sum(spreads) > WIDE else ""
 
 
 def baseline(members: Sequence[Result]) -> Result:

@@ -124,7 +124,23 @@ ROWS = (
 def test_the_readme_gives_ratios_of_rounds_to_each_rival(bench):
     run = bench("results_file").from_benchmark(make_run(*ROWS))
     (row,) = bench("report").cpu_rows(run)
-    assert row == ("dense `sci`, forward", "CPU", "cpu", "4.00", "-", "3.00", "1 / 1")
+    # Each side's time doubles from one round to the next: spreads of 17 %.
+    assert row == ("dense `sci`, forward", "CPU", "cpu", "~4.00", "-", "~3.00", "1 / 1")
+
+
+def test_a_ratio_of_times_that_spread_is_marked_and_the_mark_explained(bench, tmp_path):
+    report, results = bench("report"), bench("results_file")
+    rows = ((SCI, "eager", [4e-3, 4.5e-3, 5e-3, 5.5e-3, 6e-3]),
+            (SCI, "sdpa", [3e-3, 3e-3, 3e-3, 3.24e-3, 4e-3]),
+            (SCI, "cpu", [0.9e-3, 0.9e-3, 1e-3, 1.1e-3, 1.1e-3]))  # fmt: skip
+    run = results.from_benchmark(make_run(*rows))
+    assert [round(one.spread, 2) for one in run.results] == [0.1, 0.04, 0.1]
+    (row,) = report.cpu_rows(run)
+    assert row[3:6] == ("~5.00", "-", "3.33")
+    report.write(run, tmp_path / "a-box")
+    assert results.WHAT_IS_MARKED in report.readme_section(tmp_path)
+    report.write(results.from_benchmark(make_run(*rows[1:])), tmp_path / "a-box")
+    assert "~" not in report.readme_section(tmp_path)
 
 
 def test_the_readme_leaves_out_what_was_compared_with_nobody(bench):
@@ -148,20 +164,47 @@ def test_the_full_table_gives_times_shares_and_reasons(bench, tmp_path):
     assert "A box, 2 processors; torch 1, triton 2, CUDA none; cin_fast abc, 2026-01-02" in full
     assert results.load(tmp_path / "results.json") == run
     section = report.readme_section(tmp_path.parent)
-    assert "| dense `sci`, forward | CPU | cpu | 4.00 | - | 3.00 | 1 / 1 |" in section
+    assert "| dense `sci`, forward | CPU | cpu | ~4.00 | - | ~3.00 | 1 / 1 |" in section
     assert report.NO_GPU in section
 
 
 def test_the_full_table_begins_with_the_targets(bench, tmp_path):
     report = bench("report")
     row = {"name": "dense", "rival": "sdpa", "ratio": 1.5, "must": 2, "aim": 3, "overhead": False,
-           "verdict": "missed", "commit": "abc"}  # fmt: skip
+           "spread": 0.07, "verdict": "missed", "commit": "abc"}  # fmt: skip
     targets = {"machine": "A box", "versions": {"torch": "1"}, "targets": [row]}
     (tmp_path / "cpu_targets.json").write_text(json.dumps(targets))
     report.write(bench("results_file").from_benchmark(make_run(*ROWS)), tmp_path)
     full = (tmp_path / "README.md").read_text()
-    line = full.index("| dense | sdpa | 1.50 | ≥ 2.00 | ≥ 3.00 | missed |")
+    line = full.index("| dense | sdpa | 1.50 | 7% | ≥ 2.00 | ≥ 3.00 | missed |")
     assert line < full.index("## sci:")
+
+
+@pytest.mark.parametrize(
+    ("ratio", "spread", "overhead", "verdict"),
+    [
+        (2.5, 0.1, False, "aim"),
+        (2.1, 0.1, False, "must (aim within the spread)"),
+        (1.9, 0.1, False, "must (aim within the spread)"),
+        (1.5, 0.1, False, "must"),
+        (1.05, 0.1, False, "within the spread of must"),
+        (0.95, 0.1, False, "within the spread of must"),
+        (0.8, 0.1, False, "missed"),
+        (0.8, 0.1, True, "aim"),
+        (0.95, 0.0, True, "must"),
+        (0.92, 0.05, True, "must (aim within the spread)"),
+        (1.05, 0.1, True, "within the spread of must"),
+        (1.2, 0.1, True, "missed"),
+    ],
+)
+def test_a_bound_within_the_spread_is_neither_reached_nor_missed(
+    bench, ratio, spread, overhead, verdict
+):
+    must, aim = (1.0, 0.9) if overhead else (1.0, 2.0)
+    row = bench("bench_cpu_targets").Row(
+        "dense", "sdpa", ratio, must, aim, overhead, 1.0, 1.0, None, None, 3, spread
+    )
+    assert row.verdict == verdict
 
 
 def test_the_committed_tables_are_of_the_committed_results(bench, repository):
@@ -190,7 +233,9 @@ def test_models_refer_to_the_plain_backbone(bench):
         make_run((group, "vgg19", [1e-3]), (group, "resnet50", [2e-3]),
                  (group, "resnet50-cin", [3e-3]), (group, "resnet50-cin-naive", [4.5e-3]))
     )  # fmt: skip
-    assert "vgg19 0.500, resnet50-cin 1.500" in bench("report").full_table(run)
+    full = bench("report").full_table(run)
+    assert "vgg19 0.500, resnet50-cin 1.500" in full
+    assert "~" not in full
     (row,) = bench("report").cpu_rows(run)
     assert row[:6] == ("inference, ResNet-50 + CIN", "CPU", "", "1.50", "-", "-")
 

@@ -62,6 +62,15 @@ def test_the_gpu_table_has_a_row_an_operator_and_direction(bench, gpu_results):
     ]
 
 
+def test_the_readme_marks_a_ratio_of_times_that_spread(bench, gpu_results):
+    made = make_gpu_run()
+    rivals = next(iter(made["steps"][0]["measured"]["groups"].values()))["rivals"]
+    rivals["cuda"]["spread"], rivals["eager"]["spread"] = 0.1, 0.06
+    gpu_results.write_text(json.dumps(made))
+    section = bench("report").readme_section(gpu_results.parent.parent)
+    assert "| dense `sci`, bfloat16, forward | GPU | cuda | ~4.00 | - | 2.00 | - |" in section
+
+
 def test_the_gpu_report_says_where_who_had_no_turn_and_how_steps_ended(bench, gpu_results):
     section = bench("report").kernels_section(gpu_results.parent.parent)
     assert "A GPU, driver 5; torch 1, triton 2, CUDA 3; cin_fast abc, 2026-01-02;" in section
