@@ -58,7 +58,7 @@ class RunFolder:
             return
         import fcntl
 
-        file = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT)
+        file = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
         weakref.finalize(self, os.close, file)
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

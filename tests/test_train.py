@@ -224,6 +224,7 @@ def test_two_processes_do_not_train_in_one_folder(tmp_path):
     ours.send("end")
     other.join()
     RunFolder(tmp_path).open()
+    assert (tmp_path / ".lock").stat().st_mode & 0o111 == 0
 
 
 def test_resume_refuses_other_settings_and_broken_files(images, tmp_path, capsys):
