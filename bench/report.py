@@ -374,6 +374,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--gpu", type=Path, help="a gpu.json: its table, and what says so in docs")
     parser.add_argument("--readme", action="store_true", help="write the README's section, too")
     options = parser.parse_args(argv)
+    if options.run is None and options.gpu is None and not options.readme:
+        parser.error("nothing to do: name a run, --gpu FILE or --readme")
     if options.run is not None:
         try:
             run = from_benchmark(json.loads(options.run.read_text()))

@@ -249,6 +249,12 @@ def test_what_is_no_run_is_refused_in_one_line(bench, tmp_path, capsys, run):
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
+def test_a_report_of_nothing_is_refused(bench, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        bench("report").main([])
+    assert "error: nothing to do: name a run, --gpu FILE or --readme" in capsys.readouterr().err
+
+
 def test_the_readme_says_what_the_committed_results_say(bench, repository):
     report = bench("report")
     text = (repository / "README.md").read_text()
