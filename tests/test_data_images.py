@@ -154,7 +154,7 @@ def test_an_index_file_that_is_missing_empty_or_no_text(cub, file):
     [
         ("image_class_labels.txt", "1 4", "image 1 has class 4, .*it lists 3"),
         ("image_class_labels.txt", "1 0", "image 1 has class 0, "),
-        ("image_class_labels.txt", "1", "line 1: expected two columns, found '1'"),
+        ("image_class_labels.txt", "1", "line 1: expected two columns .* space between, found '1'"),
         ("image_class_labels.txt", "2 1", "line 2: 2 stands there twice"),
         ("image_class_labels.txt", "99 1", "no line for image 1 "),
         ("train_test_split.txt", "1 2", "image 1 has '2', expected 0 or 1"),
@@ -197,6 +197,20 @@ def test_windows_line_ends_and_spaces_in_names(cub):
     dataset = build("cub", cub)
     assert dataset.classes[0] == "001.Grey Finch"
     assert dataset[0][0].shape == (3, 24, 24)
+
+
+def test_index_files_of_spreadsheets_hold_tabs(cub):
+    edit(cub / "classes.txt", lambda lines: lines.__setitem__(0, "1 001.Grey  Finch"))
+    expected = build("cub", cub)
+    for file in cub.glob("*.txt"):
+        edit(file, lambda lines: lines.__setitem__(slice(None), [tabbed(line) for line in lines]))
+    assert build("cub", cub).entries == expected.entries
+    assert build("cub", cub).classes == expected.classes
+    assert expected.classes[0] == "001.Grey  Finch"
+
+
+def tabbed(line):
+    return line.replace(" ", "\t", 1)
 
 
 def test_index_files_of_windows_begin_with_a_mark(cub):

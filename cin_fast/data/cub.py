@@ -69,12 +69,16 @@ def is_official(classes: list[str]) -> bool:
 def _table(path: Path) -> dict[str, str]:
     table: dict[str, str] = {}
     for number, line in read_lines(path):
-        key, _, value = line.partition(" ")
-        if not value:
-            raise DataError(f"{path}, line {number}: expected two columns, found {line!r}")
+        # Spreadsheets write tabs; names may hold spaces.
+        columns = line.split(None, 1)
+        if len(columns) < 2:
+            raise DataError(
+                f"{path}, line {number}: expected two columns with a space between, found {line!r}"
+            )
+        key, value = columns
         if key in table:
             raise DataError(f"{path}, line {number}: {key} stands there twice; remove one")
-        table[key] = value.strip()
+        table[key] = value
     return table
 
 
