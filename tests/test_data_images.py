@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from cin_fast.data import DataError, build_dataset, dataset_names
-from cin_fast.data.base import read_image
+from cin_fast.data import DataError, build_dataset, dataset_names, left_out
+from cin_fast.data.base import IMAGE_SUFFIXES, read_image
 from cin_fast.data.synthesize import synthesize
 
 CLASSES = 3
@@ -267,7 +268,8 @@ def test_a_class_folder_without_images(folder, train):
     empty = folder / ("train" if train else "test") / "001.Finch"
     for file in empty.iterdir():
         file.rename(file.with_suffix(".heic"))
-    assert f"{empty} holds no image" in refusal("folder", folder, train)
+    files = len(list(empty.iterdir()))
+    assert f"{empty} holds no image, but {files} .heic: put" in refusal("folder", folder, train)
 
 
 def test_hidden_and_foreign_files_are_left_alone(folder):
@@ -277,7 +279,35 @@ def test_hidden_and_foreign_files_are_left_alone(folder):
     nested = folder / "train" / "001.Finch" / "more"
     nested.mkdir()
     Image.new("RGB", (30, 30)).save(nested / "one.webp")
+    (nested / ".thumbnails").mkdir()
+    Image.new("RGB", (30, 30)).save(nested / ".thumbnails" / "one.webp")
     assert len(build("folder", folder)) == CLASSES * TRAIN + 1
+
+
+def test_whatever_pillow_opens_by_itself_is_an_image(folder):
+    kinds = {"gif": "GIF", "jfif": "JPEG", "JPE": "JPEG", "jp2": "JPEG2000", "tga": "TGA"}
+    for suffix, kind in kinds.items():
+        Image.new("RGB", (40, 30), "red").save(folder / "train" / "001.Finch" / f"x.{suffix}", kind)
+    dataset = build("folder", folder)
+    assert len(dataset) == CLASSES * TRAIN + len(kinds)
+    for index in range(len(dataset)):
+        assert dataset[index][0].shape == (3, 24, 24)
+
+
+def test_what_is_called_an_image_is_what_pillow_reads():
+    known = Image.registered_extensions()
+    # JPEG's reader tells an MPO by what it holds.
+    readable = {suffix for suffix, kind in known.items() if kind in Image.OPEN} | {".mpo"}
+    assert readable >= IMAGE_SUFFIXES
+    assert set(IMG_EXTENSIONS) <= IMAGE_SUFFIXES
+
+
+def test_files_whose_names_are_no_images_are_counted(folder):
+    assert left_out("folder", folder) == left_out("synthetic", None) == ""
+    birds = folder / "test" / "001.Finch"
+    for name in ("a.heic", "b.HEIC", "c.cr2", "Thumbs.db", ".DS_Store", "d", "e.cr2", "f.txt"):
+        (birds / name).write_bytes(b"?")
+    assert left_out("folder", folder) == "6 files by their names: 2 .heic, 2 .cr2, 1 no suffix, ..."
 
 
 # Bad images.
@@ -372,6 +402,20 @@ def test_16_bit_grey_is_scaled_not_clipped(tmp_path):
     Image.fromarray(np.array([[0, 257 * 100, 65535]], dtype=np.uint16)).save(tmp_path / "a.png")
     image = read_image(tmp_path / "a.png")
     assert [image.getpixel((x, 0)) for x in range(3)] == [(v, v, v) for v in (0, 100, 255)]
+
+
+@pytest.mark.parametrize(
+    ("values", "seen"),
+    [
+        ([0.0, 0.4, 1.0], [0, 102, 255]),
+        ([-7.0, 102.4, 999.0], [0, 102, 255]),
+        ([float("nan"), -0.5, 0.2], [0, 0, 51]),
+    ],
+)
+def test_fractional_grey_is_scaled_not_black(tmp_path, values, seen):
+    Image.fromarray(np.array([values], dtype=np.float32)).save(tmp_path / "a.tif")
+    image = read_image(tmp_path / "a.tif")
+    assert [image.getpixel((x, 0)) for x in range(3)] == [(v, v, v) for v in seen]
 
 
 def test_a_root_may_be_a_string_and_crops_have_a_size(folder):

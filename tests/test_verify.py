@@ -64,6 +64,57 @@ def test_a_single_class_is_named(birds, tmp_path, capsys):
     assert "has a single class, sparrow: training takes at least two" in out
 
 
+@pytest.fixture
+def folders(tmp_path, capsys):
+    root = tmp_path / "folders"
+    small = ["--classes", "2", "--images-per-class", "2", "--image-size", "32"]
+    assert main(["synthesize", "--output", str(root), "--layout", "folder", *small]) == 0
+    capsys.readouterr()
+    return root
+
+
+@pytest.mark.parametrize("copy", [shutil.copytree, lambda old, new: new.symlink_to(old)])
+def test_a_test_set_that_is_the_training_set_is_seen(folders, capsys, copy):
+    shutil.rmtree(folders / "test")
+    copy(folders / "train", folders / "test")
+    code, out = verify("folder", folders, capsys)
+    assert code == 1
+    assert "4 problems:" in out
+    one = sorted((folders / "train").rglob("*.jpg"))[0]
+    other = folders / "test" / one.relative_to(folders / "train")
+    assert f"  {one} and {other} are one image, which is in both splits\n" in out
+
+
+def test_an_image_of_two_classes_is_seen(birds, capsys):
+    finch, rail = sorted((birds / "images").rglob("*_0001.jpg"))[:2]
+    shutil.copy(finch, rail)
+    # A copy within its class and split does no harm.
+    shutil.copy(finch, finch.with_name(finch.name.replace("1", "2")))
+    code, out = verify("cub", birds, capsys)
+    assert code == 1
+    classes = f"{finch.parent.name} and {rail.parent.name}"
+    assert "1 problem:" in out
+    assert f"{finch} and {rail} are one image, which has two classes, {classes}\n" in out
+    shutil.copy(finch, sorted(rail.parent.iterdir())[-1])
+    assert (
+        f"which is in both splits and has two classes, {classes}" in verify("cub", birds, capsys)[1]
+    )
+
+
+def test_bad_images_are_no_copies_of_each_other(birds, capsys):
+    for file in sorted((birds / "images").rglob("*_0001.jpg")):
+        file.write_bytes(b"")
+    assert "one image" not in verify("cub", birds, capsys)[1]
+
+
+def test_files_that_are_left_out_for_their_names_are_counted(folders, capsys):
+    file = next((folders / "train").rglob("*.jpg"))
+    shutil.copy(file, file.with_suffix(".heic"))
+    code, out = verify("folder", folders, capsys)
+    assert code == 0
+    assert "left out  1 file by its name: 1 .heic\n" in out
+
+
 def test_a_part_of_a_published_set_is_no_whole_copy(tmp_path, capsys):
     code, out = verify("aircraft", write_aircraft(tmp_path / "planes"), capsys)
     assert code == 1

@@ -16,6 +16,7 @@ __all__ = [
     "ImageDataset",
     "build_dataset",
     "dataset_names",
+    "left_out",
 ]
 
 
@@ -61,6 +62,17 @@ def build_dataset(
     dataset = ImageDataset(entries, classes, transform, skip_bad_images=skip_bad_images)
     _check_classes(dataset, folder, train)
     return dataset
+
+
+def left_out(name: str, root: str | Path | None) -> str:
+    """What lies in a dataset's folder and is not read, in a line; empty if there is nothing.
+
+    Raises:
+        DataError: naming the folder and the fix.
+    """
+    if name not in SOURCES:
+        return ""
+    return SOURCES[name].left_out(find(name, None if root is None else Path(root)))
 
 
 def _check_classes(dataset: ImageDataset, folder: Path, train: bool) -> None:

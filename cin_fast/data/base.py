@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -16,6 +17,15 @@ from tqdm import tqdm
 # Reading waits for the disk, and Pillow decodes outside the interpreter's lock.
 _READERS = 8
 _FIX = "replace it, or leave such files out with --skip-bad-images"
+# What Pillow opens by itself, less what holds no photographs (icons, textures, films, documents).
+IMAGE_SUFFIXES = frozenset(
+    {
+        ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".gif", ".webp", ".avif",
+        ".avifs", ".tif", ".tiff", ".bmp", ".dib", ".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx",
+        ".ppm", ".pgm", ".pbm", ".pnm", ".pfm", ".tga", ".pcx", ".psd", ".qoi", ".sgi",
+    }
+)  # fmt: skip
+_Found = TypeVar("_Found")
 
 
 class DataError(ValueError):
@@ -101,21 +111,48 @@ def read_image(path: Path) -> Image.Image:
         raise DataError(f"{path} {_reason(path, error)}") from error
 
 
+def is_image_name(path: Path) -> bool:
+    """Whether a file is called as an image is."""
+    return path.suffix.lower() in IMAGE_SUFFIXES
+
+
+def visible_files(folder: Path) -> list[Path]:
+    """Every file below a folder, sorted; what begins with a dot is left out."""
+    found = (path for path in folder.rglob("*") if not _hidden(path.relative_to(folder)))
+    return sorted(path for path in found if path.is_file())
+
+
+def _hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """Pillow clips 16-bit grey where it should scale."""
-    if not image.mode.startswith("I"):
+    """Pillow clips 16-bit and fractional grey where it should scale."""
+    if image.mode == "F":
+        grey = np.nan_to_num(np.asarray(image, dtype=np.float64), neginf=0)
+        # White is 1 or 255, and nothing in a file says which.
+        grey *= 255 if grey.max() <= 1 else 1
+    elif image.mode.startswith("I"):
+        grey = np.asarray(image, dtype=np.float64) / 257
+    else:
         return image
-    grey = (np.asarray(image, dtype=np.float64) / 257).round().clip(0, 255)
-    return Image.fromarray(grey.astype(np.uint8))
+    return Image.fromarray(grey.round().clip(0, 255).astype(np.uint8))
 
 
 def bad_images(paths: Sequence[Path], *, whole: bool) -> list[BadImage]:
     """The files that are missing or no images: by their headers, or by decoding them whole."""
-    check = _check_whole if whole else _check_header
+    return [image for image in each_image(check_whole if whole else _check_header, paths) if image]
+
+
+def each_image(look: Callable[[Path], _Found], paths: Sequence[Path]) -> list[_Found]:
+    """What ``look`` finds in each file, several at a time."""
     with ThreadPoolExecutor(_READERS) as pool:
-        found: Iterable[BadImage | None] = pool.map(check, paths)
-        found = tqdm(found, "checking images", len(paths), unit="image", leave=False, delay=1)
-        return [image for image in found if image]
+        return list(
+            tqdm(
+                pool.map(look, paths), "checking images", len(paths), unit="image",
+                leave=False, delay=1, disable=None,
+            )
+        )  # fmt: skip
 
 
 def explain(bad: BadImage) -> str:
@@ -131,7 +168,8 @@ def _check_header(path: Path) -> BadImage | None:
         return BadImage(path, _reason(path, error))
 
 
-def _check_whole(path: Path) -> BadImage | None:
+def check_whole(path: Path) -> BadImage | None:
+    """What is wrong with an image, by decoding it."""
     try:
         with Image.open(path) as image:
             image.load()

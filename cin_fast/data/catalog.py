@@ -9,7 +9,7 @@ from pathlib import Path
 
 from cin_fast.data import aircraft, cars, cub
 from cin_fast.data.base import DataError, Entry
-from cin_fast.data.folder import read_folder
+from cin_fast.data.folder import left_out, read_folder
 from cin_fast.data.official import Official
 
 ROOT_VARIABLE = "CIN_FAST_DATA"
@@ -38,6 +38,7 @@ class Source:
         archive: where it can be downloaded from.
         manual: how to get it by hand, where it cannot be downloaded.
         others_allowed: whether sets with other classes are meant, too.
+        left_out: ``left_out(root)`` says in a line which files are not read; empty if all are.
     """
 
     title: str
@@ -49,6 +50,8 @@ class Source:
     archive: Archive | None = None
     manual: str = ""
     others_allowed: bool = False
+    # What has an index reads all that it lists.
+    left_out: Callable[[Path], str] = lambda root: ""
 
 
 _CARS_BY_HAND = """\
@@ -113,6 +116,7 @@ SOURCES: dict[str, Source] = {
         how_to_get="name a folder with --data-root that holds train/ and test/, each with a folder "
         "of images per class",
         others_allowed=True,
+        left_out=left_out,
     ),
 }
 

@@ -134,9 +134,9 @@ def _make_root(root: Path) -> None:
 def _add_verify(commands: _Commands) -> None:
     parser = commands.add_parser(
         "verify",
-        help="check a dataset's counts and splits, and that every image decodes",
-        description="Check a dataset's counts and splits, and that every image decodes. Returns 1 "
-        "if anything is wrong.",
+        help="check a dataset's counts and splits, and that every image decodes and is its own",
+        description="Check a dataset's counts and splits, that every image decodes, and that none "
+        "is in both splits or two classes, byte for byte. Returns 1 if anything is wrong.",
     )
     parser.add_argument("name", choices=list(SOURCES), help="the dataset, or its layout")
     _add_root(parser, "where it lies")

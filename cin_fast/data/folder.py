@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
-from torchvision.datasets.folder import IMG_EXTENSIONS
+from cin_fast.data.base import DataError, Entry, is_image_name, visible_files
 
-from cin_fast.data.base import DataError, Entry
+_SPLITS = ("train", "test")
+# What Windows leaves in every folder.
+_NO_NEWS = ("thumbs.db", "desktop.ini")
+_EXAMPLES = 3
 
 
 def read_folder(root: Path, *, train: bool) -> tuple[list[Entry], list[str]]:
@@ -17,7 +21,7 @@ def read_folder(root: Path, *, train: bool) -> tuple[list[Entry], list[str]]:
     Raises:
         DataError: naming the folder and the fix.
     """
-    names = {split: _classes(root, split) for split in ("train", "test")}
+    names = {split: _classes(root, split) for split in _SPLITS}
     for here, there in (("train", "test"), ("test", "train")):
         only = sorted(set(names[here]) - set(names[there]))
         if only:
@@ -28,14 +32,41 @@ def read_folder(root: Path, *, train: bool) -> tuple[list[Entry], list[str]]:
     split = root / ("train" if train else "test")
     entries = []
     for label, name in enumerate(names["train"]):
-        files = _images(split / name)
-        if not files:
+        files = visible_files(split / name)
+        images = [file for file in files if is_image_name(file)]
+        if not images:
+            others = _suffixes(_unread(files))
+            but = f", but {others}" if others else ""
             raise DataError(
-                f"{split / name} holds no image: put some there ({', '.join(IMG_EXTENSIONS)}), or "
+                f"{split / name} holds no image{but}: put some there (.jpg, .png, .webp, ...), or "
                 "remove the class from both splits"
             )
-        entries += [Entry(file, label) for file in files]
+        entries += [Entry(file, label) for file in images]
     return entries, names["train"]
+
+
+def left_out(root: Path) -> str:
+    """What of the class folders is no image by its name, in a line; empty if there is nothing.
+
+    Raises:
+        DataError: naming the folder and the fix.
+    """
+    folders = [root / split / name for split in _SPLITS for name in _classes(root, split)]
+    unread = [file for folder in folders for file in _unread(visible_files(folder))]
+    if not unread:
+        return ""
+    many = f"{len(unread):,} files by their names" if len(unread) > 1 else "1 file by its name"
+    return f"{many}: {_suffixes(unread)}"
+
+
+def _unread(files: list[Path]) -> list[Path]:
+    return [file for file in files if not (is_image_name(file) or file.name.lower() in _NO_NEWS)]
+
+
+def _suffixes(files: list[Path]) -> str:
+    counts = Counter(file.suffix.lower() or "no suffix" for file in files).most_common()
+    shown = [f"{count:,} {suffix}" for suffix, count in counts[:_EXAMPLES]]
+    return ", ".join(shown) + ", ..." * (len(counts) > _EXAMPLES)
 
 
 def _classes(root: Path, split: str) -> list[str]:
@@ -49,11 +80,6 @@ def _classes(root: Path, split: str) -> list[str]:
     if not classes:
         raise DataError(f"{folder} holds no folder: put one per class there, with its images")
     return classes
-
-
-def _images(folder: Path) -> list[Path]:
-    found = (path for path in folder.rglob("*") if path.suffix.lower() in IMG_EXTENSIONS)
-    return sorted(path for path in found if _visible(path) and path.is_file())
 
 
 def _visible(path: Path) -> bool:

@@ -1,12 +1,14 @@
-"""Checks a whole dataset: its counts, its splits, and that every image decodes."""
+"""Checks a whole dataset: its counts, its splits, and that every image decodes and is its own."""
 
 from __future__ import annotations
 
-from collections import Counter
+import hashlib
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cin_fast.data.base import DataError, Entry, bad_images
+from cin_fast.data.base import BadImage, DataError, Entry, check_whole, each_image
 from cin_fast.data.catalog import SOURCES, find
 
 _SPLITS = {True: "training", False: "test"}
@@ -21,7 +23,7 @@ class Report:
 
 
 def verify(name: str, root: Path | None) -> Report:
-    """Read both splits of a dataset and decode every image.
+    """Read both splits of a dataset, decode every image, and look for one that is there twice.
 
     Raises:
         DataError: if there is no such dataset to check.
@@ -42,13 +44,51 @@ def verify(name: str, root: Path | None) -> Report:
         line, found = _check_split(entries, classes, folder, train)
         summary.append(line)
         problems += found
-    shared = {e.path for e in splits.get(True, [])} & {e.path for e in splits.get(False, [])}
-    problems += [f"{path} is in both splits" for path in sorted(shared)]
+    if len(splits) == len(_SPLITS) and (unread := SOURCES[name].left_out(folder)):
+        summary.append(f"left out  {unread}")
     paths = list(dict.fromkeys(e.path for entries in splits.values() for e in entries))
-    bad = bad_images(paths, whole=True)
+    looked = dict(zip(paths, each_image(_look, paths), strict=True))
+    bad = [found for found in looked.values() if isinstance(found, BadImage)]
     summary.append(f"decoded   {len(paths) - len(bad):6,} of {len(paths):,}")
     problems += [f"{image.path} {image.reason}" for image in bad]
+    problems += _check_copies(splits, classes, looked)
     return Report(tuple(summary), tuple(dict.fromkeys(problems)))
+
+
+def _look(path: Path) -> BadImage | bytes:
+    """What is wrong with an image, else the hash of its file, which decoding has just read."""
+    bad = check_whole(path)
+    try:
+        return bad or hashlib.sha256(path.read_bytes()).digest()
+    except OSError as error:
+        return BadImage(path, f"cannot be read again ({error.strerror})")
+
+
+def _check_copies(
+    splits: Mapping[bool, Sequence[Entry]],
+    classes: Sequence[str],
+    looked: Mapping[Path, BadImage | bytes],
+) -> list[str]:
+    """Where one image is in both splits or has two classes; a copy beside it does no harm."""
+    same: defaultdict[bytes, list[tuple[bool, Entry]]] = defaultdict(list)
+    for train, entries in splits.items():
+        for entry in entries:
+            found = looked[entry.path]
+            if isinstance(found, bytes):
+                same[found].append((train, entry))
+    problems = []
+    for (train, first), *others in same.values():
+        for other_train, other in others:
+            wrong = ["is in both splits"] * (train != other_train)
+            if first.label != other.label:
+                wrong.append(f"has two classes, {classes[first.label]} and {classes[other.label]}")
+            if wrong:
+                problems.append(f"{_copies(first.path, other.path)} {' and '.join(wrong)}")
+    return problems
+
+
+def _copies(one: Path, other: Path) -> str:
+    return str(one) if one == other else f"{one} and {other} are one image, which"
 
 
 def _check_classes(name: str, classes: list[str], folder: Path) -> list[str]:
