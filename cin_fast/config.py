@@ -7,12 +7,14 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from cin_fast.checkpoint import LAST
 from cin_fast.data import dataset_names
 from cin_fast.dispatch import BACKENDS
 from cin_fast.models import METHODS
@@ -29,6 +31,8 @@ SETTINGS = "settings.json"
 NOT_RECORDED = ("resume", "overwrite")
 # Settings that may begin with ~, which no shell expands in a file or after =.
 _PATHS = ("data_root", "output", "weights")
+# What weights may be beside a path.
+_NO_PATHS = ("imagenet", "none")
 # Samplers multiply a seed by epochs and processes, and a generator takes 64 bits.
 _LARGEST_SEED = 10**8
 _AMP = ("auto", "bf16", "fp16", "none")
@@ -58,7 +62,7 @@ class TrainConfig:
         "resnet50", "model", "resnet18/34/50/101/152, vgg19 and its kin, or any timm name"
     )
     weights: str = _setting(
-        "imagenet", "model", "what the backbone starts from: imagenet, none, FILE, RUN"
+        "imagenet", "model", "what the backbone starts from: imagenet, none, FILE or a run's folder"
     )
     embedding_dim: int = _setting(512, "model", "r of Eq. 8: dimensions that pairs are compared in")
     pooled: bool = _setting(
@@ -183,7 +187,16 @@ def from_mapping(values: Mapping[str, Any], source: str = "settings") -> TrainCo
         if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
             raise ValueError(f"{source}: {key} expected {kind.__name__}, found {value!r}")
         checked[name] = os.path.expanduser(value) if name in _PATHS else value
+    if "weights" in checked:
+        checked["weights"] = _weight_file(checked["weights"])
     return TrainConfig(**checked)
+
+
+def _weight_file(weights: str) -> str:
+    """A run's folder stands for its checkpoint, as in every other command."""
+    if weights in _NO_PATHS or not os.path.isdir(weights):
+        return weights
+    return os.path.join(weights, LAST)
 
 
 def parse(argv: Sequence[str] | None = None, command: str = "cin-fast-train") -> TrainConfig:
@@ -234,7 +247,27 @@ def read_settings(file: Path) -> dict[str, Any]:
 def _yaml(text: str) -> Any:
     import yaml
 
+    node = yaml.compose(text, Loader=yaml.SafeLoader)
+    if isinstance(node, yaml.MappingNode):
+        _check_once(str(key.value) for key, _ in node.value)
     return yaml.safe_load(text)
+
+
+def _json(text: str) -> Any:
+    return json.loads(text, object_pairs_hook=_once)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    _check_once(key for key, _ in pairs)
+    return dict(pairs)
+
+
+def _check_once(keys: Iterable[str]) -> None:
+    # Readers take the last one and say nothing.
+    counts = Counter(key.replace("-", "_") for key in keys)
+    twice = [name for name, count in counts.items() if count > 1]
+    if twice:
+        raise ValueError(f"{twice[0]} stands there twice; remove one")
 
 
 def _toml(text: str) -> dict[str, Any]:
@@ -242,14 +275,16 @@ def _toml(text: str) -> dict[str, Any]:
         import tomllib
     else:
         import tomli as tomllib
-    return tomllib.loads(text)
+    loaded = tomllib.loads(text)
+    _check_once(loaded)
+    return loaded
 
 
 _READERS: dict[str, Callable[[str], Any]] = {
     ".yaml": _yaml,
     ".yml": _yaml,
     ".toml": _toml,
-    ".json": json.loads,
+    ".json": _json,
 }
 
 

@@ -91,6 +91,10 @@ def test_what_cannot_work_is_refused(change, message):
         ("a.yaml", f"lr: {'9' * 400}", "lr expected a number, found 999"),
         ("a.yaml", "resume: 1", "resume expected bool"),
         ("a.yaml", "- 1", "holds no settings"),
+        ("a.yaml", "lr: 1\nepochs: 2\nlr: 3", r"a.yaml .*\(lr stands there twice; remove one\)"),
+        ("a.yaml", "lr-step: 1\nlr_step: 2", "lr_step stands there twice"),
+        ("a.json", '{"lr": 1, "lr": 2}', "lr stands there twice"),
+        ("a.toml", "lr-step = 1\nlr_step = 2", "lr_step stands there twice"),
         ("a.txt", "lr: 1", r"expected .yaml, .toml or .json"),
     ],
 )
@@ -123,6 +127,15 @@ def test_resuming_takes_the_settings_of_the_run_however_it_is_named(tmp_path):
         assert config.parse([*output, "--resume"]).lr == 0.5
         assert config.parse(output).lr == 0.001
         assert config.parse([*output, "--resume", "--lr", "0.25"]).lr == 0.25
+
+
+def test_a_runs_folder_stands_for_its_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("run", "none"):
+        (tmp_path / name).mkdir()
+    assert config.parse(["--weights", "run"]).weights == "run/last.pt"
+    for weights in ("none", "imagenet", "run/last.pt", "w.pt"):
+        assert config.parse(["--weights", weights]).weights == weights
 
 
 def test_a_path_may_begin_at_home(tmp_path, monkeypatch):

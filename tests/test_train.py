@@ -467,6 +467,24 @@ def test_a_bad_image_is_named_or_skipped(images, tmp_path, capsys):
     assert str(broken) in capsys.readouterr().out
 
 
+def test_files_that_are_left_out_for_their_names_are_counted(images, tmp_path, capsys):
+    root = tmp_path / "data"
+    shutil.copytree(images, root)
+    (root / "test" / "red" / "photo.heic").write_bytes(b"?")
+    assert main(arguments(root, tmp_path / "run", epochs=1)) == 0
+    assert "left out 1 file by its name: 1 .heic\n" in capsys.readouterr().err
+
+
+def test_a_runs_folder_gives_weights(four_epochs, images, tmp_path, capsys):
+    assert main(arguments(images, tmp_path / "run", epochs=1, weights=four_epochs)) == 0
+    recorded = json.loads((tmp_path / "run" / "settings.json").read_text())
+    assert recorded["weights"] == str(four_epochs / "last.pt")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    error = refusal(capsys, arguments(images, tmp_path / "other", epochs=1, weights=empty))
+    assert f"no file {empty / 'last.pt'}" in error
+
+
 def test_a_worker_that_dies_is_one_line(images, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(
         ImageDataset, "__getitem__", lambda *_: os.kill(os.getpid(), signal.SIGKILL)
