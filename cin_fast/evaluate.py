@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         loader = DataLoader(images, batch_size=options.batch_size, num_workers=options.workers)
         scores = score(
             trained.model,
-            tqdm(loader, "evaluating", unit="batch", leave=False),
+            tqdm(loader, "evaluating", unit="batch", leave=False, disable=None),
             len(trained.classes),
             device,
             contextlib.nullcontext(),

@@ -67,7 +67,7 @@ def lay_out(dataset: Path, root: Path) -> int:
     photographs, classes = read_photographs(dataset), read_classes(dataset)
     for name in classes:
         (root / "images" / name).mkdir(parents=True, exist_ok=True)
-    for one in tqdm(photographs, unit="photograph"):
+    for one in tqdm(photographs, unit="photograph", disable=None):
         shrink(one.file, root / "images" / classes[one.label] / one.name)
     write_list(root / "classes.txt", classes)
     write_list(root / "images.txt", [f"{classes[one.label]}/{one.name}" for one in photographs])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,14 @@ def test_the_same_options_write_the_same_bytes(tmp_path):
     assert trees[0] == trees[1]
     assert trees[0].keys() == trees[2].keys()
     assert trees[0] != trees[2]
+
+
+def test_a_bar_is_drawn_on_a_terminal_alone(tmp_path, capsys, monkeypatch):
+    assert synthesize(tmp_path / "a") == 0
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert synthesize(tmp_path / "b") == 0
+    assert "drawing" in capsys.readouterr().err
 
 
 def test_the_folder_layout_reads_back(tmp_path):

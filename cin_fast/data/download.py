@@ -222,4 +222,6 @@ def _size(file: Path) -> int:
 
 
 def _bar(name: str, total: int | None, start: int = 0) -> tqdm[NoReturn]:
-    return tqdm(desc=name, total=total, initial=start, unit="B", unit_scale=True, delay=0.5)
+    return tqdm(
+        desc=name, total=total, initial=start, unit="B", unit_scale=True, delay=0.5, disable=None
+    )

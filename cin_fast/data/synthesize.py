@@ -80,7 +80,7 @@ def synthesize(
 
 def _draw(images: list[_Image], root: Path, layout: str, image_size: int) -> None:
     kinds = species(1 + max(image.label for image in images))
-    for image in tqdm(images, "drawing", unit="image"):
+    for image in tqdm(images, "drawing", unit="image", disable=None):
         if layout == "cub":
             folder = root / "images" / image.folder
         else:
