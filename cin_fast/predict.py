@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from cin_fast import command
-from cin_fast.data.base import DataError, read_image
+from cin_fast.data.base import DataError, is_image_name, read_image, visible_files
 from cin_fast.distributed import pick_device
 from cin_fast.trained import Trained, load_trained
 
@@ -46,17 +46,35 @@ def predict(trained: Trained, path: Path, count: int) -> list[tuple[str, float]]
     ]
 
 
+def image_files(paths: Sequence[Path]) -> list[Path]:
+    """The paths, with each folder's image files in its place, sorted, those of folders within too.
+
+    Raises:
+        DataError: naming a folder that holds none.
+    """
+    files: list[Path] = []
+    for path in paths:
+        found = [path]
+        if path.is_dir():
+            found = [file for file in visible_files(path) if is_image_name(file)]
+        if not found:
+            raise DataError(f"{path} holds no image: name one that does (.jpg, .png, .webp, ...)")
+        files += found
+    return files
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; prints errors as one line and returns 2 for them, bad images among them."""
     options = _parser().parse_args(argv)
 
     def body() -> int:
+        files = image_files(options.images)
         trained = load_trained(options.checkpoint, pick_device(options.device))
         found: dict[str, dict[str, float]] = {}
         code = 0
         # Text shows by itself how far it is.
-        with tqdm(options.images, "predicting", unit="image", leave=False,
-                  disable=not options.json) as images:  # fmt: skip
+        with tqdm(files, "predicting", unit="image", leave=False,
+                  disable=None if options.json else True) as images:  # fmt: skip
             for path in images:
                 try:
                     best = predict(trained, path, options.top)
@@ -84,9 +102,10 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=_NAME,
         description="Name the most likely classes of images.",
-        epilog="example: cin-fast-predict --checkpoint runs/my_run a.jpg b.jpg",
+        epilog="example: cin-fast-predict --checkpoint runs/my_run a.jpg my_photographs",
     )
-    parser.add_argument("images", nargs="+", type=command.path, metavar="IMAGE", help="image files")
+    parser.add_argument("images", nargs="+", type=command.path, metavar="IMAGE",
+                        help="image files, or folders of them")  # fmt: skip
     command.add_checkpoint(parser)
     parser.add_argument(
         "--top", type=command.at_least(1), default=5, metavar="K", help="classes shown (default: 5)"

@@ -102,6 +102,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(argv)
 
     def body() -> int:
+        folder = next((path for path in options.images if path.is_dir()), None)
+        if folder is not None:
+            raise VisualizeError(f"{folder} is a folder: name a few images in it")
         trained = load_trained(options.checkpoint, pick_device(options.device))
         command.writable_folder(options.output)
         drawn = [draw_activations(trained, options.images, options.output / "activations.png")]

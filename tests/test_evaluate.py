@@ -6,6 +6,7 @@ import json
 import math
 import os
 import shutil
+import sys
 import warnings
 
 import pytest
@@ -136,8 +137,37 @@ def test_predict_goes_on_after_a_bad_image(run, images, tmp_path, capsys):
     assert predict_main([*argv, "--json"]) == 2
     found = capsys.readouterr()
     assert list(json.loads(found.out)) == [first, last]
-    assert "gone.png is missing\n" in found.err
-    assert "0/3" in found.err
+    assert found.err == f"cin-fast-predict: error: {tmp_path / 'gone.png'} is missing\n"
+
+
+def test_a_bar_is_drawn_on_a_terminal_alone(run, images, capsys, monkeypatch):
+    argv = [str(images / "test" / "red"), "--checkpoint", str(run), "--device", "cpu", "--json"]
+    capsys.readouterr()
+    assert predict_main(argv) == main([str(run), "--workers", "0", "--device", "cpu"]) == 0
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert predict_main(argv) == main([str(run), "--workers", "0", "--device", "cpu"]) == 0
+    err = capsys.readouterr().err
+    assert "predicting" in err
+    assert "evaluating" in err
+
+
+def test_predict_takes_folders(run, images, tmp_path, capsys):
+    picture = images / "test" / "red" / "0.png"
+    for name in ("b.png", "a/2.PNG", "a/1.jfif", "a/.x.png", ".cache/3.png", "a/notes.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(picture, tmp_path / name)
+    argv = ["--checkpoint", str(run), "--device", "cpu", "--json", str(picture)]
+    capsys.readouterr()
+    assert predict_main([*argv, str(tmp_path)]) == 0
+    named = list(json.loads(capsys.readouterr().out))
+    below = [str(tmp_path / name) for name in ("a/1.jfif", "a/2.PNG", "b.png")]
+    assert named == [str(picture), *below]
+    (tmp_path / "empty").mkdir()
+    assert predict_main([*argv, str(tmp_path / "empty")]) == 2
+    found = capsys.readouterr()
+    assert not found.out
+    assert f"{tmp_path / 'empty'} holds no image" in found.err
 
 
 def test_predict_shows_each_image_as_it_comes(run, images, capsys, monkeypatch):
