@@ -9,7 +9,6 @@ from typing import Any
 from cin_fast import command
 from cin_fast import config as configs
 from cin_fast.config import TrainConfig
-from cin_fast.data import left_out
 from cin_fast.distributed import join
 from cin_fast.trainer import Trainer, TrainingError
 
@@ -39,9 +38,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = configs.parse(argv)
         with join(config.device) as world:
             trainer = Trainer(config, world)
-            unread = left_out(config.dataset, config.data_root or None) if world.main else ""
-            if unread:
-                print(f"left out {unread}", file=sys.stderr)
             metrics = trainer.run()
         if world.main:
             print(

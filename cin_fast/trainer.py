@@ -20,7 +20,7 @@ from cin_fast import checkpoint as checkpoints
 from cin_fast import cost, ops
 from cin_fast.checkpoint import Checkpoint, CheckpointError
 from cin_fast.config import INDIFFERENT, TrainConfig
-from cin_fast.data import ClassBalancedPairSampler, ImageDataset, build_dataset
+from cin_fast.data import ClassBalancedPairSampler, ImageDataset, build_dataset, left_out
 from cin_fast.data.seeded import SeededBatches, SeededImages
 from cin_fast.distributed import World, on_main, pick_device
 from cin_fast.models import Classifier, build_model
@@ -270,6 +270,8 @@ class Trainer:
             f"{config.method} on {config.backbone}, {millions:.1f} M parameters, {self.device}",
             f"everything of this run goes to {self.folder.path}",
         ]
+        unread = left_out(config.dataset, config.data_root or None)
+        lines += [f"left out {unread}"] if unread else []
         lines += [f"skipped {len(skipped)} bad images:", *skipped] if skipped else []
         return "\n".join(lines)
 
@@ -307,7 +309,7 @@ class Trainer:
             len(self.classes),
             config.backbone,
             # A resumed run takes its weights from the checkpoint.
-            _weights(config) if fresh else "none",
+            config.weights if fresh else "none",
             pooled=config.pooled,
             embedding_dim=config.embedding_dim,
             backend=config.model_backend,
@@ -431,12 +433,6 @@ class Trainer:
             on_trace_ready=lambda profiler: profiler.export_chrome_trace(str(path)),
         ) as profiler:
             yield profiler.step
-
-
-def _weights(config: TrainConfig) -> str:
-    """``--weights``, where a run's folder means its checkpoint."""
-    folder = Path(config.weights)
-    return str(folder / checkpoints.LAST) if folder.is_dir() else config.weights
 
 
 def _dataset(config: TrainConfig, *, train: bool) -> ImageDataset:
