@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+# Has the operators counted.
+from cin_fast import flops as flops
+
 
 def parameters(model: nn.Module) -> int:
     """How many numbers the model learns."""

@@ -1,4 +1,7 @@
-"""How many operations the operators' products take, for ``torch.utils.flop_counter``.
+"""How many operations the operators' products take.
+
+Importing this module tells ``torch.utils.flop_counter``, whose ``FlopCounterMode`` counts them then
+(the package itself does not, as that counter imports Triton).
 
 Two for a multiplication and an addition; softmax and sums are left out, as that counter leaves them
 out. Products are counted as the definition has them, with x x^T made again in the gradient:
@@ -13,6 +16,12 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
+# Where operators are defined.
+from cin_fast import operators as operators
+from cin_fast import pair as pair
+from cin_fast import thin as thin
+from cin_fast.dispatch import BACKENDS
+
 _Shape = Sequence[int]
 
 
@@ -24,13 +33,6 @@ def sci_flops(x_BCL: _Shape, v_BCK: _Shape | None = None) -> int:
 def sci_backward_flops(x_BCL: _Shape, v_BCK: _Shape | None = None) -> int:
     """Of its gradient: x x^T and both of its gradients; dy v^T and that of v."""
     return _products(x_BCL, v_BCK, 3, 2)
-
-
-def register(backend: str, stem: str) -> None:
-    """Tell the counter of ``cin_fast::BACKEND_STEM``, if that multiplies."""
-    if stem in _FORMULAS:
-        operator = getattr(torch.ops.cin_fast, f"{backend}_{stem}")
-        register_flop_formula(operator)(_FORMULAS[stem])
 
 
 def _products(x: _Shape, v: _Shape | None, of_x: int, of_v: int) -> int:
@@ -100,3 +102,8 @@ _FORMULAS: dict[str, Callable[..., int]] = {
     "thin_linear_input": _linear_gradient,
     "thin_linear_weight": _linear_gradient,
 }
+
+for _backend in BACKENDS:
+    for _stem, _formula in _FORMULAS.items():
+        if hasattr(torch.ops.cin_fast, f"{_backend}_{_stem}"):
+            register_flop_formula(getattr(torch.ops.cin_fast, f"{_backend}_{_stem}"))(_formula)

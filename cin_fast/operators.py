@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cin_fast import dispatch, flops, matmul, reference, schemas
+from cin_fast import dispatch, matmul, reference, schemas
 
 TAP_BACKENDS = ("reference", "cpu", "cuda")
 
@@ -321,7 +321,6 @@ def _define(backend: str, operators: dict[str, str]) -> None:
         name = f"cin_fast::{backend}_{stem}"
         torch.library.define(name, schema, tags=(torch.Tag.pt2_compliant_tag,))
         torch.library.register_fake(name, fakes[stem])
-        flops.register(backend, stem)
         if backend in _IN_PYTHON:
             torch.library.impl(name, "CompositeExplicitAutograd", _IN_PYTHON[backend][stem])
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cin_fast import arguments, dispatch, flops, operators, ops, reference, schemas
+from cin_fast import arguments, dispatch, operators, ops, reference, schemas
 from cin_fast.operators import operator_of
 
 
@@ -189,7 +189,6 @@ def _gradient(ctx: Any, dy: Tensor, dy_pair: Tensor, *_: Any) -> tuple[Any, ...]
 def _register() -> None:
     for stem, schema in (schemas.PAIR | schemas.AFTER_SCI | schemas.PAIR_SWEEP).items():
         torch.library.define(f"cin_fast::cpu_{stem}", schema, tags=(torch.Tag.pt2_compliant_tag,))
-        flops.register("cpu", stem)
     for stem, function, fake in (
         ("pair", partial(_forward, "cpu"), _forward_fake),
         ("pair_backward", _backward, _backward_fake),

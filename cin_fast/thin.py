@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cin_fast import dispatch, flops, schemas
+from cin_fast import dispatch, schemas
 
 
 def thin_linear(
@@ -98,7 +98,6 @@ def _register() -> None:
         torch.library.define(name, schema, tags=(torch.Tag.pt2_compliant_tag,))
         torch.library.register_fake(name, fake)
         torch.library.register_autograd(name, gradient, setup_context=_save)
-        flops.register("cpu", stem)
 
 
 _register()

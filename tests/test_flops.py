@@ -6,6 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import cin_fast
 from cin_fast import dispatch
+from cin_fast import flops as flops
 from cin_fast.nn import CCI, SCI
 
 B, C, H, W, K = 2, 8, 5, 6, 9
