@@ -108,6 +108,7 @@ def _metadata(trained: Trained) -> dict[str, str]:
     # In this order, from an RGB image of any size.
     prepared = {
         "resize": [resized_side(config.image_size)] * 2,
+        "interpolation": "bilinear, antialiased",
         "center_crop": [config.image_size] * 2,
         "divide_by": 255,
         "mean": IMAGENET_MEAN,

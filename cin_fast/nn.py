@@ -24,7 +24,7 @@ from cin_fast.thin import thin_linear
 
 _CENTRE_TAP = 4
 
-# torch.fx traces the modules below and takes these for steps of its graph.
+# torch.fx traces the dense SCI and ChannelAttention, and takes these for steps of its graph.
 torch.fx.wrap("sci")
 torch.fx.wrap("_check_map")
 
@@ -86,7 +86,8 @@ class SCI(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Z, (B, C, H, W), of a map x of that shape."""
         _check_map(x, self.phi.in_channels)
-        return self.phi(sci(x, scale=self.scale, backend=self.backend)) + x
+        # x first: its memory format is the result's.
+        return x + self.phi(sci(x, scale=self.scale, backend=self.backend))
 
     def pooled(self, x: Tensor) -> PooledSCI:
         """Spatial means of Z and Y, equal to those of the dense form.
@@ -95,8 +96,8 @@ class SCI(nn.Module):
         module's weights for its forward alone: shard a module around this one, or call
         ``torch.distributed.fsdp.register_fsdp_forward_method(module, "pooled")``.
         """
-        _check_map(x, self.phi.in_channels)
         _check_read(self.phi)
+        _check_map(x, self.phi.in_channels)
         v_BC9 = tap_means(x, backend=self.backend)
         y_BC9 = sci(x, v_BC9, scale=self.scale, backend=self.backend)
         z_BC = mean_of_conv(self.phi, y_BC9, self.backend) + v_BC9[..., _CENTRE_TAP]
@@ -163,7 +164,7 @@ class CCI(nn.Module):
             y_BC = sci(x, mean_BC1, scale=self.scale, backend=self.backend).squeeze(-1)
         _check_means("y_BC", y_BC, x)
         eta_B = self.eta(y_BC, partner)
-        return self.phi(cci(x, partner, eta_B, scale=self.scale, backend=self.backend)) + x
+        return x + self.phi(cci(x, partner, eta_B, scale=self.scale, backend=self.backend))
 
     def pooled(self, x: Tensor, partner: Tensor, sci_means: PooledSCI | None = None) -> Tensor:
         """Spatial means of Z', (B, C), equal to those of the dense form.
@@ -173,8 +174,8 @@ class CCI(nn.Module):
             partner: int64 (B,), an involution.
             sci_means: what :meth:`SCI.pooled` gave for the same maps, where it is known already.
         """
-        _check_map(x, self.phi.in_channels)
         _check_read(self.phi)
+        _check_map(x, self.phi.in_channels)
         if sci_means is None:
             v_BC9 = tap_means(x, backend=self.backend)
             y_BC1 = sci(x, v_BC9[..., _CENTRE_TAP, None], scale=self.scale, backend=self.backend)
@@ -196,8 +197,8 @@ class CCI(nn.Module):
             x: maps (B, C, H, W).
             partner: int64 (B,), an involution.
         """
-        _check_map(x, self.phi.in_channels)
         _check_read(self.phi)
+        _check_map(x, self.phi.in_channels)
         v_BC9 = tap_means(x, backend=self.backend)
         y_BC9, y_pair_BC9 = pair_columns(
             x,
@@ -244,16 +245,16 @@ class ChannelAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """A map of x's shape, (B, C, H, W)."""
         _check_map(x, self.in_dim)
-        # x first: its memory format is the result's.
         return x + self.gamma * sci(x, scale=self.scale, backend=self.backend)
 
     def extra_repr(self) -> str:
         return f"scale={self.scale}"
 
 
-def _check_phi(phi: nn.Conv2d, channels: int) -> None:
+def _check_phi(phi: nn.Conv2d, channels: int | None = None) -> None:
     if not isinstance(phi, nn.Conv2d):
         raise ValueError(f"phi: expected a Conv2d, found {type(phi).__name__}")
+    channels = phi.in_channels if channels is None else channels
     # The identity behind mean_of_conv holds for this convolution alone.
     names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation")
     expected = (channels, channels, (3, 3), (1, 1), (1, 1), (1, 1))
@@ -265,8 +266,10 @@ def _check_phi(phi: nn.Conv2d, channels: int) -> None:
 def _check_read(phi: nn.Conv2d) -> None:
     # The pooled form reads weight and bias and never calls phi. The older ways of making one do so
     # in a hook of that call; one of torch.nn.utils.parametrize is made when it is read.
-    _check_phi(phi, phi.in_channels)
-    if type(phi).forward is not nn.Conv2d.forward:
+    _check_phi(phi)
+    methods = ("forward", "_conv_forward")
+    ours = all(getattr(type(phi), name) is getattr(nn.Conv2d, name) for name in methods)
+    if not ours or "forward" in vars(phi):
         raise ValueError(
             f"phi: {type(phi).__name__} has a forward of its own, which the pooled form does not "
             "run: take the dense form"

@@ -78,11 +78,13 @@ class EpochTotals:
 
 def epoch_line(metrics: Mapping[str, Any], epochs: int) -> str:
     """An epoch's line of metrics.jsonl in words."""
-    line = (
-        f"epoch {metrics['epoch']:3}/{epochs}  loss {metrics['loss']:.4f}  "
-        f"pairs +{metrics['positive_pairs']:.0f} -{metrics['negative_pairs']:.0f}  "
-        f"train {metrics['train_top1']:.2%}"
-    )
-    if "test_top1" in metrics:
-        line += f"  test {metrics['test_top1']:.2%}"
-    return line + f"  {metrics['images_per_second']:.1f} images/s"
+    parts = {
+        "loss": "loss {loss:.4f}",
+        "positive_pairs": "pairs +{positive_pairs:.0f} -{negative_pairs:.0f}",
+        "train_top1": "train {train_top1:.2%}",
+        "test_top1": "test {test_top1:.2%}",
+        "images_per_second": "{images_per_second:.1f} images/s",
+    }
+    # Some epochs have no test, and one whose line was lost has nothing else.
+    known = [text.format(**metrics) for name, text in parts.items() if name in metrics]
+    return "  ".join([f"epoch {metrics['epoch']:3}/{epochs}", *known])

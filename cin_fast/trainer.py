@@ -19,6 +19,7 @@ from tqdm import tqdm
 from cin_fast import checkpoint as checkpoints
 from cin_fast import cost, ops
 from cin_fast.checkpoint import Checkpoint, CheckpointError
+from cin_fast.command import uninterrupted
 from cin_fast.config import INDIFFERENT, TrainConfig
 from cin_fast.data import ClassBalancedPairSampler, ImageDataset, build_dataset, left_out
 from cin_fast.data.seeded import SeededBatches, SeededImages
@@ -230,17 +231,23 @@ class Trainer:
         self.history["seconds"] += seconds - metrics.get("seconds", 0.0)
         metrics["seconds"] = seconds
         if self.replaces:
-            # There is a checkpoint at any moment, one run's or the other's.
-            on_main(self.world, self.save)
-            self.replaces = False
-            on_main(self.world, self._begin_anew)
+            self._take_the_place()
         # The line first: one that last.pt does not know is dropped when the run goes on.
         on_main(self.world, lambda: self.folder.record(metrics))
         on_main(self.world, self.save)
 
-    def _begin_anew(self) -> None:
-        self.folder.clear()
-        self.folder.describe(self.config)
+    def _take_the_place(self) -> None:
+        """Put this run where the earlier one was: there is a checkpoint at any moment."""
+
+        def begin_anew() -> None:
+            self.folder.clear()
+            self.folder.describe(self.config)
+
+        # What stands beside the checkpoint must not be the earlier run's.
+        with uninterrupted():
+            on_main(self.world, self.save)
+            self.replaces = False
+            on_main(self.world, begin_anew)
 
     def _checkpoint_bytes(self) -> int:
         """What last.pt takes, about: weights, and SGD's momentum of each."""
@@ -345,8 +352,9 @@ class Trainer:
             self.scaler.load_state_dict(resumed.scaler)
         torch.set_rng_state(resumed.rng)
         self.epoch = resumed.epoch
-        # Checkpoints of earlier versions were written after the test.
-        self.history = {"tested": resumed.epoch, **resumed.history}
+        # Of an earlier version's checkpoint nobody knows; they are taken for right.
+        unknown = {"tested": resumed.epoch, "processes": self.world.size}
+        self.history = unknown | resumed.history
 
     def _parallel(self) -> nn.Module:
         module: nn.Module = self.model

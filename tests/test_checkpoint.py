@@ -35,6 +35,9 @@ def test_a_checkpoint_that_is_not_its_hashs_is_refused(one, path):
     path.write_bytes(damaged)
     with pytest.raises(checkpoints.CheckpointError, match=r"is damaged: its hash is not the one"):
         checkpoints.load(path)
+    path.with_name("last.pt.sha256").write_bytes(b"\xff\xfe")
+    with pytest.raises(checkpoints.CheckpointError, match=r"is damaged: its hash is not the one"):
+        checkpoints.load(path)
     path.with_name("last.pt.sha256").unlink()
     assert checkpoints.load(path).epoch == 4
 

@@ -408,8 +408,11 @@ def test_16_bit_grey_is_scaled_not_clipped(tmp_path):
     ("values", "seen"),
     [
         ([0.0, 0.4, 1.0], [0, 102, 255]),
-        ([-7.0, 102.4, 999.0], [0, 102, 255]),
+        ([-7.0, 102.4, 300.0], [0, 102, 255]),
         ([float("nan"), -0.5, 0.2], [0, 0, 51]),
+        ([-float("inf"), float("inf"), 0.2], [0, 255, 51]),
+        ([0.0, 0.4, 1.001], [0, 102, 255]),
+        ([0.0, 25700.0, 65535.0], [0, 100, 255]),
     ],
 )
 def test_fractional_grey_is_scaled_not_black(tmp_path, values, seen):

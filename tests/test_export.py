@@ -5,6 +5,7 @@ import json
 import os
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -66,11 +67,14 @@ def test_onnxruntime_gives_the_same_logits(run, pictures, tmp_path, request):
     assert held["image_size"] == "64"
     # From the metadata alone, the picture that the model was made for.
     how = json.loads(held["preprocessing"])
-    picture = Image.new("RGB", (90, 70), (200, 100, 50)).resize(how["resize"])
-    assert how["center_crop"] == [64, 64]
-    colour = torch.tensor(picture.getpixel((40, 40))) / how["divide_by"]
-    expected = (colour - torch.tensor(how["mean"])) / torch.tensor(how["std"])
-    torch.testing.assert_close(trained.transform(picture)[:, 32, 32], expected)
+    # Of the size that it is resized to, so that it is not.
+    picture = Image.effect_noise(how["resize"], 50).convert("RGB")
+    left = (how["resize"][0] - how["center_crop"][0]) // 2
+    cropped = picture.crop((left, left, left + 64, left + 64))
+    colours = torch.from_numpy(np.array(cropped)).permute(2, 0, 1) / how["divide_by"]
+    mean, std = (torch.tensor(how[name])[:, None, None] for name in ("mean", "std"))
+    torch.testing.assert_close(trained.transform(picture), (colours - mean) / std)
+    assert how["interpolation"] == "bilinear, antialiased"
 
 
 @pytest.mark.slow

@@ -216,10 +216,14 @@ def test_a_whole_timm_network_is_a_weight_file(tmp_path, name):
     timm = pytest.importorskip("timm", reason="timm is not installed")
     # Of another number of classes than the library's.
     net = timm.create_model(name, num_classes=7).state_dict()
-    torch.save({"state_dict": net}, tmp_path / "net.pt")
-    taken = build_backbone(name, tmp_path / "net.pt").body.state_dict()
+    net = {key: t + torch.rand_like(t) if t.is_floating_point() else t for key, t in net.items()}
     held = {tuple(t.flatten()[:50].tolist()) for t in net.values()}
-    assert all(tuple(t.flatten()[:50].tolist()) in held for t in taken.values())
+    for prefix in ("", "module.", "model.", "module.backbone.body."):
+        content = {prefix + key: t for key, t in net.items()}
+        average = {key: torch.zeros_like(t) for key, t in net.items()}
+        torch.save({"state_dict": content, "state_dict_ema": average}, tmp_path / "net.pt")
+        taken = build_backbone(name, tmp_path / "net.pt").body.state_dict()
+        assert all(tuple(t.flatten()[:50].tolist()) in held for t in taken.values())
     body = build_backbone(name).body.state_dict()
     torch.save(body, tmp_path / "body.pt")
     taken = build_backbone(name, tmp_path / "body.pt").body.state_dict()

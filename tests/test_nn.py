@@ -275,15 +275,23 @@ def test_pooled_refuses_a_phi_that_it_is_not_the_mean_of():
         def forward(self, x):
             return 2 * super().forward(x)
 
+    class Quadrupled(nn.Conv2d):
+        def _conv_forward(self, x, weight, bias):
+            return super()._conv_forward(x, 4 * weight, bias)
+
     sci, x = SCI(6), make_map(4, 5)
+    patched = nn.Conv2d(6, 6, 3, padding=1)
+    patched.forward = lambda x: 2 * x
     for phi, message in (
         (Doubled(6, 6, 3, padding=1), "phi: Doubled has a forward of its own"),
+        (Quadrupled(6, 6, 3, padding=1), "phi: Quadrupled has a forward of its own"),
+        (patched, "phi: Conv2d has a forward of its own"),
         (nn.Conv2d(6, 6, 3, padding=1, padding_mode="circular"), "phi: expected Conv2d"),
+        (nn.Sequential(nn.Conv2d(6, 6, 3, padding=1)), "phi: expected a Conv2d, found Sequential"),
     ):
         sci.phi = phi
         with pytest.raises(ValueError, match=message):
             sci.pooled(x)
-        assert sci(x).shape == x.shape
 
 
 def test_pooled_takes_a_parametrized_weight():
@@ -307,9 +315,10 @@ def test_torch_fx_traces_the_dense_forms():
         traced(x[:, :5])
 
 
-def test_channel_attention_keeps_the_memory_format():
+@pytest.mark.parametrize("module", [SCI(6), ChannelAttention(6)])
+def test_the_memory_format_is_kept(module):
     x = make_map(4, 5).contiguous(memory_format=torch.channels_last)
-    assert ChannelAttention(6)(x).is_contiguous(memory_format=torch.channels_last)
+    assert module(x).is_contiguous(memory_format=torch.channels_last)
 
 
 def test_scale_is_the_modules():

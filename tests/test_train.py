@@ -322,6 +322,18 @@ def test_a_test_that_fails_costs_no_epoch(images, tmp_path, monkeypatch, capsys)
     assert best[0]["best_test_top1"] == best[1]["best_test_top1"]
 
 
+def test_lost_lines_cost_no_run(images, tmp_path, monkeypatch, capsys):
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "test", stopped)
+        assert main(arguments(images, tmp_path, epochs=2)) == 130
+    (tmp_path / "metrics.jsonl").unlink()
+    assert main(["--output", str(tmp_path), "--resume"]) == 0
+    assert re.search(r"^epoch   1/2  test [\d.]+%$", capsys.readouterr().out, re.MULTILINE)
+
+
 @pytest.mark.parametrize(("owner", "name"), [(RunFolder, "record"), (Trainer, "save")])
 def test_a_kill_at_line_or_checkpoint_leaves_one_line_an_epoch(
     images, tmp_path, monkeypatch, owner, name
@@ -347,6 +359,7 @@ def test_a_kill_at_line_or_checkpoint_leaves_one_line_an_epoch(
 def test_a_run_goes_on_with_as_many_processes(four_epochs, tmp_path, capsys):
     shutil.copytree(four_epochs, tmp_path / "run")
     one = checkpoints.load(four_epochs / "last.pt")
+    assert one.history["processes"] == 1
     two = dataclasses.replace(one, history=one.history | {"processes": 2})
     checkpoints.save(tmp_path / "run" / "last.pt", two)
     error = refusal(capsys, ["--output", str(tmp_path / "run"), "--resume", "--epochs", "5"])

@@ -129,9 +129,11 @@ def _hidden(path: Path) -> bool:
 def _eight_bits(image: Image.Image) -> Image.Image:
     """Pillow clips 16-bit and fractional grey where it should scale."""
     if image.mode == "F":
-        grey = np.nan_to_num(np.asarray(image, dtype=np.float64), neginf=0)
-        # White is 1 or 255, and nothing in a file says which.
-        grey *= 255 if grey.max() <= 1 else 1
+        grey = np.asarray(image, dtype=np.float64)
+        top = grey.max(where=np.isfinite(grey), initial=0)
+        # White is 1, 255 or 65535, and nothing in a file says which; scaling may overshoot it.
+        white = 1 if top <= 2 else 255 if top <= 2 * 255 else 65535
+        grey = np.nan_to_num(grey * (255 / white), posinf=255, neginf=0)
     elif image.mode.startswith("I"):
         grey = np.asarray(image, dtype=np.float64) / 257
     else:

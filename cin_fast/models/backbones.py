@@ -156,15 +156,18 @@ def _with_weights(name: str, body: nn.Module, source: str) -> nn.Module:
     import timm
 
     state = _read(Path(source))
-    whole = timm.create_model(name, num_classes=0).state_dict()
-    if _fits(state, body.state_dict()) or not _fits(state, whole):
-        _load(body, state, f"{name} from {source}")
-        return body
-    # Many of its bodies call the network's weights by other names, which timm knows.
-    there = {"file": source}
-    return timm.create_model(
-        name, pretrained=True, features_only=True, pretrained_cfg_overlay=there
-    )
+    if not _fits(state, body.state_dict()):
+        # Many of its bodies call the network's weights by other names, which timm knows. It would
+        # pass over what does not fit.
+        whole = timm.create_model(name, num_classes=0).state_dict()
+        found = _unwrapped(state, whole)
+        if _fits(found, whole):
+            checked = {"state_dict": {key: found[key] for key in whole}}
+            return timm.create_model(
+                name, pretrained=True, features_only=True, pretrained_cfg_overlay=checked
+            )
+    _load(body, state, f"{name} from {source}")
+    return body
 
 
 def _state_dict(name: str, source: str) -> dict[str, Tensor]:
@@ -222,11 +225,7 @@ def _unwrapped(state: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str,
         prefix = next((p for p in _PREFIXES if any(key.startswith(p) for key in state)), None)
         if prefix is None:
             break
-        state = {
-            key.removeprefix(prefix): value
-            for key, value in state.items()
-            if key.startswith(prefix)
-        }
+        state = {key.removeprefix(prefix): value for key, value in state.items()}
     return state
 
 
