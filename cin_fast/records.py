@@ -130,8 +130,9 @@ class RunFolder:
         if not active:
             yield lambda metrics: None
             return
-        # Its import takes a second.
-        from torch.utils.tensorboard import SummaryWriter
+        # Its import takes a second, and some of what it brings passes over an interrupt.
+        with uninterrupted():
+            from torch.utils.tensorboard import SummaryWriter
 
         writer: SummaryWriter | None = None
 

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from cin_fast.command import uninterrupted
+
 
 @dataclass(frozen=True)
 class Scores:
@@ -56,8 +58,10 @@ def score(
     Raises:
         ValueError: if the model gives numbers that are not finite.
     """
-    # Here, as its import takes a second that a command with a wrong argument need not wait for.
-    from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
+    # Here, as its import takes a second that a command with a wrong argument need not wait for. Of
+    # the thousand modules that it brings some take an interrupt for a package that is missing.
+    with uninterrupted():
+        from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
     was_training = model.training
     model.eval()

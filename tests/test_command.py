@@ -1,5 +1,7 @@
 """Every command: an error is one line that names the thing and the fix, never a traceback."""
 
+import builtins
+import contextlib
 import os
 import signal
 import subprocess
@@ -8,6 +10,7 @@ import sys
 import pytest
 import torch
 from small_run import arguments
+from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from cin_fast import command, demo
@@ -17,7 +20,9 @@ from cin_fast.distributed import ElsewhereError
 from cin_fast.evaluate import main as evaluate
 from cin_fast.export import main as export
 from cin_fast.predict import main as predict
+from cin_fast.records import RunFolder
 from cin_fast.reproduce import main as reproduce
+from cin_fast.scores import score
 from cin_fast.train import TrainingError
 from cin_fast.train import main as train
 from cin_fast.visualize import main as visualize
@@ -254,3 +259,26 @@ def test_an_interrupt_waits_for_what_must_not_be_interrupted(number):
             pass
     finally:
         signal.signal(number, before)
+
+
+@pytest.mark.parametrize("package", ["torchmetrics.classification", "torch.utils.tensorboard"])
+def test_an_interrupt_that_an_import_passes_over_is_heard(tmp_path, monkeypatch, package):
+    real = builtins.__import__
+
+    def importing(name, *others):
+        if name == package:
+            # As some packages do around what they can do without.
+            with contextlib.suppress(BaseException):
+                signal.raise_signal(signal.SIGINT)
+        return real(name, *others)
+
+    def counted():
+        score(nn.Linear(2, 3), [], 3, torch.device("cpu"), contextlib.nullcontext())
+
+    def drawn():
+        with RunFolder(tmp_path).curves(active=True):
+            pass
+
+    monkeypatch.setattr(builtins, "__import__", importing)
+    with pytest.raises(KeyboardInterrupt):
+        counted() if package.startswith("torchmetrics") else drawn()
